@@ -1,0 +1,103 @@
+"""Every setting of xlc_ray: one YAML, validated whole, the same for all jobs.
+
+An override is *(dotted path, value)* and replaces what is at that path. The same idea serves the command line
+(`--train.lr=3e-4`, `--dictionary.gate='{kind: jumprelu}'`), Python (`config.override({"train.lr": 3e-4})`) and the axes
+of a sweep. A default is stated here and nowhere else: the constructors behind take plain values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from xlc_ray.config.activations import Generate, Model, StoreSource, Text
+from xlc_ray.config.base import Settings
+from xlc_ray.config.dictionary import Dictionary
+from xlc_ray.config.errors import UserError, explain, read_yaml
+from xlc_ray.config.training import Cluster, Evaluate, Train
+
+__all__ = ["Config", "UserError", "apply_overrides", "load_config"]
+
+
+class Config(Settings):
+    """The whole of a run."""
+
+    out: str
+    """Run directory: config.yaml, checkpoints/, metrics.jsonl, eval.json, report.html."""
+    seed: int = 0
+    """Decides initial weights and the order of data."""
+    model: Model
+    """The language model."""
+    text: Text
+    """The text it reads."""
+    generate: Generate
+    """The activations to store."""
+    source: StoreSource
+    """Where training reads activations."""
+    dictionary: Dictionary
+    """What is trained."""
+    train: Train
+    """How."""
+    evaluate: Evaluate = Evaluate()
+    """How it is measured."""
+    cluster: Cluster = Cluster()
+    """On what."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        gate, loss = self.dictionary.gate, self.train.loss
+        share = self.cluster.replicas * self.train.accumulate
+        if self.train.batch_tokens % share:
+            raise ValueError(
+                f"train.batch_tokens: {self.train.batch_tokens} is not divisible by replicas x accumulate = {share}"
+            )
+        if self.dictionary.features < self.cluster.tensor_parallel:
+            raise ValueError(
+                f"cluster.tensor_parallel: {self.cluster.tensor_parallel} ranks cannot share "
+                f"dictionary.features = {self.dictionary.features}; use at most {self.dictionary.features}"
+            )
+        if (k := getattr(gate, "k", None)) and gate.pool == "group" and k > self.dictionary.features:
+            raise ValueError(f"dictionary.gate.k: {k} exceeds dictionary.features = {self.dictionary.features}")
+        if loss.sparsity and loss.sparsity.kind == "l0" and gate.kind != "jumprelu":
+            raise ValueError(f"train.loss.sparsity.kind: l0 needs the gate jumprelu, not {gate.kind}; use l1 or tanh")
+        if loss.sparsity and loss.sparsity.target_l0 and loss.sparsity.kind != "l0":
+            raise ValueError("train.loss.sparsity.target_l0: only with kind l0")
+        return self
+
+    def override(self, changes: dict[str, Any]) -> Config:
+        """A new Config with each dotted path replaced by its value. Raises UserError, one line, on a bad path or value."""
+        return _validate(apply_overrides(self.model_dump(mode="json"), changes), "override")
+
+    def yaml(self) -> str:
+        """Exactly these settings, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file, apply dotted overrides, validate. Raises UserError: file, path, value, choices, nearest name."""
+    return _validate(apply_overrides(read_yaml(path), overrides or {}), str(path))
+
+
+def apply_overrides(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the nested dict with each dotted path replaced. Sections that are missing or null on the way are made."""
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    for path, value in changes.items():
+        node, *rest = tree, *path.split(".")
+        for key in rest[:-1]:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {key} is {node!r}, which has no settings inside")
+        node[rest[-1]] = value
+    return tree
+
+
+def _validate(tree: dict[str, Any], origin: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error, Config)}") from None

@@ -1,0 +1,86 @@
+"""Settings of the language model, its text, and the activations made from both."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xlc_ray.config.base import Fraction, Settings
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+class Model(Settings):
+    """The language model whose activations are explained."""
+
+    name: str
+    """A Hugging Face name or a local directory."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Dtype = "float32"
+    """Precision of the forward pass."""
+    trust_remote_code: bool = False
+    """Allow the model's repository to run its own code."""
+
+
+class Text(Settings):
+    """The text the model reads, cut into windows of `context` tokens."""
+
+    dataset: str
+    """A Hugging Face dataset, a directory written by `save_to_disk`, or local .txt, .jsonl, .json, .csv or .parquet file(s): a file, a directory or a glob."""
+    subset: str | None = None
+    """The dataset's configuration name."""
+    split: str = "train"
+    """The dataset's split."""
+    column: str = "text"
+    """The column that holds the text (of .txt files: always `text`)."""
+    streaming: bool = False
+    """Read a Hub dataset without downloading it whole."""
+    paragraphs: Annotated[int, Field(ge=1)] = 20
+    """A .txt file is cut into documents of this many paragraphs (separated by blank lines)."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a window."""
+    prepend_bos: bool = True
+    """Begin every window with the tokenizer's BOS (or EOS) token."""
+    ignore_first: Annotated[int, Field(ge=0)] = 1
+    """The first n tokens of each window are read by the model but never stored, trained on, or scored."""
+    ignore_special: bool = True
+    """Likewise for BOS, EOS, padding and other special tokens, wherever they stand."""
+    held_out_fraction: Fraction = 0.05
+    """Share of the documents, chosen by a hash of their text, that training never sees."""
+
+
+class Generate(Settings):
+    """How many activations to make, and how to write them."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    """Training tokens (rows) to store: met exactly, all distinct."""
+    held_out_tokens: Annotated[int, Field(ge=1)]
+    """Tokens to store from held-out documents, under `held_out/`."""
+    chunk_tokens: Annotated[int, Field(ge=1)] = 16384
+    """Rows of a chunk file, at most."""
+    dtype: Dtype = "bfloat16"
+    """Precision on disk; bfloat16 is kept bit-exact."""
+    sites: tuple[str, ...] | None = None
+    """Sites to store; null = those that the wiring reads and writes."""
+    batch_windows: Annotated[int, Field(ge=1)] = 32
+    """Windows in one forward pass of the model."""
+    documents_per_task: Annotated[int, Field(ge=1)] = 64
+    """Documents that one tokenising task packs into windows; part of the data's identity."""
+
+
+class StoreSource(Settings):
+    """Activations in a directory (or at a URL) of chunk files."""
+
+    kind: Literal["store"] = "store"
+    """The tag of this source."""
+    path: str
+    """The store: a directory or a URL that fsspec knows."""
+    slice_rows: Annotated[int, Field(ge=1)] = 64
+    """Rows read in one piece: the unit that is shuffled over the whole store."""
+    window_slices: Annotated[int, Field(ge=1)] = 256
+    """Slices, drawn from all chunks, whose rows are mixed with each other."""
+    make_if_missing: bool = False
+    """Where the store is missing or incomplete, training first generates it."""
+    verify: bool = True
+    """Check every chunk's checksum before the first step."""

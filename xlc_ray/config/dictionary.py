@@ -1,0 +1,145 @@
+"""Settings of the dictionary: wiring, gate, normalisation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xlc_ray.config.base import Layers, Settings
+
+
+class SaeWiring(Settings):
+    """Sparse autoencoders: one group of features a layer reads and writes the same site."""
+
+    kind: Literal["sae"] = "sae"
+    """The tag of this wiring."""
+    site: str = "resid_post"
+    """Kind of site, e.g. resid_post, mlp_out."""
+    layers: Layers = "all"
+    """Layers: all, or a list."""
+
+
+class TranscoderWiring(Settings):
+    """Per-layer transcoders: group l reads the MLP input of a layer and writes its MLP output."""
+
+    kind: Literal["transcoder"] = "transcoder"
+    """The tag of this wiring."""
+    layers: Layers = "all"
+    """Layers: all, or a list."""
+    skip: bool = False
+    """Add a linear path from input to output."""
+
+
+class CltWiring(Settings):
+    """Cross-layer transcoder: group l reads the MLP input of its layer and writes the MLP outputs of it and all later ones."""
+
+    kind: Literal["clt"] = "clt"
+    """The tag of this wiring."""
+    layers: Layers = "all"
+    """Layers: all, or a list."""
+
+
+class CrosscoderWiring(Settings):
+    """Crosscoder: features over several layers of one kind of site."""
+
+    kind: Literal["crosscoder"] = "crosscoder"
+    """The tag of this wiring."""
+    site: str = "resid_post"
+    """Kind of site."""
+    layers: Layers = "all"
+    """Layers: all, or a list."""
+    causality: Literal["acausal", "weak", "strict"] = "acausal"
+    """acausal: one group reads and writes all; weak: group l reads l, writes l and later; strict: writes only later."""
+
+
+Wiring = Annotated[SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring, Field(discriminator="kind")]
+
+
+class ReluGate(Settings):
+    """f = ReLU(pre)."""
+
+    kind: Literal["relu"] = "relu"
+    """The tag of this gate."""
+
+
+class JumpReluGate(Settings):
+    """f = pre where pre exceeds a learned threshold a feature, else 0."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    """The tag of this gate."""
+    threshold: Annotated[float, Field(gt=0)] = 0.1
+    """Initial threshold."""
+    bandwidth: Annotated[float, Field(gt=0)] = 2.0
+    """Width of the rectangle kernel of the straight-through gradient."""
+    parameterisation: Literal["log", "direct"] = "log"
+    """log: theta = exp(t), straight-through gradient to all parameters (Anthropic 2025); direct: theta itself, gradient of the step to theta only (Rajamanoharan 2024)."""
+
+
+class TopKGate(Settings):
+    """The k largest ReLU'd pre-activations of each token."""
+
+    kind: Literal["topk"] = "topk"
+    """The tag of this gate."""
+    k: Annotated[int, Field(ge=1)]
+    """Active features a token: of each group, or of all groups together (`pool`)."""
+    pool: Literal["group", "all"] = "all"
+    """group: k a token and group; all: k a token, shared by all groups."""
+    rank_by: Literal["activation", "decoder_norm"] = "activation"
+    """Compare activations as they are, or times their decoder row's norm."""
+    threshold_start: Annotated[int, Field(ge=0)] = 100
+    """Training step from which the inference threshold of a pool over groups is averaged."""
+    threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of that average."""
+
+
+class BatchTopKGate(Settings):
+    """The k x B largest ReLU'd pre-activations of the global batch of B tokens; a learned threshold at inference."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    """The tag of this gate."""
+    k: Annotated[int, Field(ge=1)]
+    """Mean active features a token: of each group, or of all groups together (`pool`)."""
+    pool: Literal["group", "all"] = "all"
+    """group: a budget for each group; all: one budget for the dictionary."""
+    rank_by: Literal["activation", "decoder_norm"] = "activation"
+    """Compare activations as they are, or times their decoder row's norm."""
+    threshold_start: Annotated[int, Field(ge=0)] = 1000
+    """Training step from which the inference threshold is averaged (until then it is the last batch's)."""
+    threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of that average."""
+
+
+Gate = Annotated[ReluGate | JumpReluGate | TopKGate | BatchTopKGate, Field(discriminator="kind")]
+
+
+class Normalization(Settings):
+    """What is done to every site before the dictionary sees it; undone in its output."""
+
+    kind: Literal["none", "rms", "mean_norm", "mean_std"] = "rms"
+    """rms: E|x|^2 = d; mean_norm: E|x| = sqrt(d); mean_std: each dimension by its deviation (always centred)."""
+    center: bool | None = None
+    """Subtract the site's mean; null = yes for clt and transcoder, no for the others."""
+
+
+class Dictionary(Settings):
+    """The sparse dictionary: what its features read and write, and what makes them sparse."""
+
+    wiring: Wiring
+    """Which sites each group of features reads and writes."""
+    features: Annotated[int, Field(ge=1)]
+    """Features of each group."""
+    gate: Gate
+    """Pre-activations to sparse features."""
+    normalization: Normalization = Normalization()
+    """Scale and centre of each site."""
+    decoder_norm: Annotated[float, Field(gt=0)] = 0.1
+    """Norm of a feature's whole decoder row at the start."""
+    tie_encoder_init: bool = True
+    """Start W_enc as a copy of the decoder direction where read and written sites allow it, else at random."""
+    bias_init: Literal["zeros", "mean", "geometric_median"] = "zeros"
+    """Start of b_dec, in normalised units."""
+    unit_norm: bool = False
+    """Hold decoder rows at unit norm; the gradient along the row is removed."""
+    products: Literal["auto", "dense", "sparse"] = "auto"
+    """How features meet the decoder: auto takes sparse products when few features are active."""

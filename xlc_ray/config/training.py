@@ -1,0 +1,179 @@
+"""Settings of a training run, its evaluation, and what both take from the cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xlc_ray.config.base import Fraction, Settings
+
+
+class Constant(Settings):
+    """The value, after a linear warm-up."""
+
+    kind: Literal["constant"] = "constant"
+    """The tag of this schedule."""
+    warmup: Fraction = 0.0
+    """Share of the run over which the value rises linearly from 0."""
+
+
+class Linear(Settings):
+    """Constant, then linear to `end` times the value over the last part of the run."""
+
+    kind: Literal["linear"] = "linear"
+    """The tag of this schedule."""
+    warmup: Fraction = 0.0
+    """Share of the run over which the value rises linearly from 0."""
+    decay: Fraction = 0.2
+    """Share of the run, at its end, over which the value falls."""
+    end: Annotated[float, Field(ge=0)] = 0.0
+    """What is left at the end, as a factor."""
+
+
+class Cosine(Settings):
+    """Half a cosine from the value to `end` times it, restarted `cycles` times."""
+
+    kind: Literal["cosine"] = "cosine"
+    """The tag of this schedule."""
+    warmup: Fraction = 0.0
+    """Share of the run over which the value rises linearly from 0."""
+    cycles: Annotated[int, Field(ge=1)] = 1
+    """Number of half cosines (warm restarts)."""
+    end: Annotated[float, Field(ge=0)] = 0.0
+    """What is left at the end of a cycle, as a factor."""
+
+
+Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
+
+
+class Sparsity(Settings):
+    """A penalty on features, summed over features and averaged over tokens."""
+
+    kind: Literal["l1", "tanh", "l0"]
+    """l1: f n; tanh: tanh(c f n); l0: the step 1[pre > theta] (jumprelu only). n = norm of the decoder row."""
+    coefficient: Annotated[float, Field(ge=0)]
+    """Weight of the penalty, lambda."""
+    schedule: Schedule = Constant()
+    """lambda over the run."""
+    c: Annotated[float, Field(gt=0)] = 4.0
+    """Steepness of tanh."""
+    decoder_norm: bool = True
+    """Weight l1 and tanh by the decoder row's norm."""
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """With l0: penalise (L0 / target - 1)^2 instead of L0; L0 counts all groups."""
+
+
+class AuxK(Settings):
+    """Dead features learn to reconstruct the error that is left (Gao et al. 2024)."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    """Weight of the auxiliary loss."""
+    k: Annotated[int, Field(ge=1)] | None = None
+    """Dead features used a token and group; null = half the width of a written site."""
+
+
+class Loss(Settings):
+    """Reconstruction error (summed over width and sites, averaged over tokens) plus penalties."""
+
+    scale: Literal["canonical", "per_dim"] = "canonical"
+    """canonical: sum over width; per_dim: mean over each site's width."""
+    sparsity: Sparsity | None = None
+    """Penalty on active features."""
+    preactivation: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of sum ReLU(theta - pre) n, which pulls dead features back."""
+    auxk: AuxK | None = None
+    """Auxiliary loss of dead features."""
+
+
+class Optimizer(Settings):
+    """Adam or AdamW, fused where the device has it."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """adamw decouples weight decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay."""
+
+
+class Wandb(Settings):
+    """Log to Weights & Biases (needs the extra `wandb`)."""
+
+    project: str
+    """Project name."""
+    entity: str | None = None
+    """Team or user."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to the run directory; sync later."""
+
+
+class Train(Settings):
+    """One training run."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Optimizer steps."""
+    batch_tokens: Annotated[int, Field(ge=1)]
+    """Tokens of a step, over all replicas and micro-batches."""
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    lr_schedule: Schedule = Linear()
+    """Learning rate over the run."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer."""
+    loss: Loss = Loss()
+    """What is minimised."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null = no clipping."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches a step and replica."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16: autocast over float32 weights; float64: for references."""
+    dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """A feature is dead when it was silent for this many tokens."""
+    calibration_tokens: Annotated[int, Field(ge=1)] = 65536
+    """Training rows read for b_dec and the geometric median, at most."""
+    log_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between lines of metrics."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+    wandb: Wandb | None = None
+    """Weights & Biases, if wanted."""
+
+
+class Evaluate(Settings):
+    """Measured on held-out tokens."""
+
+    tokens: Annotated[int, Field(ge=1)] = 65536
+    """Held-out rows for the reconstruction metrics, at most."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Rows of a batch."""
+    windows: Annotated[int, Field(ge=0)] = 64
+    """Held-out windows for the replacement model; 0 = skip it."""
+    batch_windows: Annotated[int, Field(ge=1)] = 16
+    """Windows in one forward pass."""
+
+
+class Cluster(Settings):
+    """What the jobs take from the Ray cluster."""
+
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Ranks that one dictionary is split over, by features."""
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Data-parallel copies; each takes an equal part of every batch."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs of a training worker; leave some to Ray Data."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of a training worker."""
+    model_actors: Annotated[int, Field(ge=1)] = 1
+    """Language-model actors, at most."""
+    cpus_per_model: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs of a language-model actor."""
+    gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of a language-model actor."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of a failed worker group, each from the last checkpoint."""

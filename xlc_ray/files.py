@@ -1,0 +1,105 @@
+"""Files at a local path or at any URL that fsspec knows: the same few verbs for both."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+
+def is_url(path: str) -> bool:
+    """Whether the path names a remote or in-memory file system (`s3://…`, `memory://…`) rather than a local one."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local(path: str) -> str:
+    """A local path without its `file://`."""
+    return path.removeprefix("file://")
+
+
+def join(base: str, *parts: str) -> str:
+    """Path or URL of something inside a directory."""
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path, and the path within it."""
+    return fsspec.core.url_to_fs(path)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or directory."""
+    fs, inner = filesystem(path)
+    return fs.exists(inner)
+
+
+def listdir(path: str) -> list[str]:
+    """Names in a directory, sorted; empty where there is no such directory."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    try:
+        found = fs.ls(inner, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+
+def makedirs(path: str) -> None:
+    """Make a directory and those above it."""
+    fs, inner = filesystem(path)
+    fs.makedirs(inner, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Remove a file or a whole directory, if it is there."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file."""
+    fs, inner = filesystem(path)
+    return fs.cat_file(inner)
+
+
+def read_json(path: str) -> Any:
+    """The JSON in a file."""
+    return json.loads(read_bytes(path))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a file whole: readers see the old content or the new, never a part."""
+    if is_url(path):  # object stores publish an object only when it is complete
+        fs, inner = filesystem(path)
+        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+        fs.pipe_file(inner, data)
+        return
+    target = Path(local(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a value as JSON, whole."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def append(path: str, text: str) -> None:
+    """Add text to the end of a file; nothing before it is rewritten on a local disk."""
+    fs, inner = filesystem(path)
+    fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+    with fs.open(inner, "ab") as file:
+        file.write(text.encode())
