@@ -8,26 +8,26 @@ of a sweep. A default is stated here and nowhere else: the constructors behind t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from xlc_ray.config import yaml_text
 from xlc_ray.config.activations import Generate, Model, StoreSource, Text
-from xlc_ray.config.base import Settings
+from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import Dictionary
-from xlc_ray.config.errors import UserError, explain, read_yaml
+from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
-__all__ = ["Config", "UserError", "apply_overrides", "load_config"]
+__all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
 
 
 class Config(Settings):
     """The whole of a run."""
 
-    out: str
+    out: Name
     """Run directory: config.yaml, checkpoints/, metrics.jsonl, eval.json, report.html."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides initial weights and the order of data."""
     model: Model
     """The language model."""
@@ -73,26 +73,35 @@ class Config(Settings):
 
     def yaml(self) -> str:
         """Exactly these settings, as YAML that `load_config` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+        return yaml_text.dump(self.model_dump(mode="json"))
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read a YAML file, apply dotted overrides, validate. Raises UserError: file, path, value, choices, nearest name."""
-    return _validate(apply_overrides(read_yaml(path), overrides or {}), str(path))
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return load_config_text(text, str(path), overrides)
+
+
+def load_config_text(text: bytes, origin: str, overrides: dict[str, Any] | None = None) -> Config:
+    """The same from the YAML itself; `origin` names it in errors."""
+    return _validate(apply_overrides(yaml_text.parse_mapping(text, origin), overrides or {}), origin)
 
 
 def apply_overrides(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of the nested dict with each dotted path replaced. Sections that are missing or null on the way are made."""
-    tree = yaml.safe_load(yaml.safe_dump(tree))
+    tree = yaml_text.copy(tree)
     for path, value in changes.items():
-        node, *rest = tree, *path.split(".")
+        node, *rest = tree, *str(path).split(".")
         for key in rest[:-1]:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
             if not isinstance(node, dict):
                 raise UserError(f"{path}: {key} is {node!r}, which has no settings inside")
-        node[rest[-1]] = value
+        node[rest[-1]] = yaml_text.copy(value)
     return tree
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from xlc_ray.config.base import Fraction, Settings
+from xlc_ray.config.base import Fraction, Name, Settings
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+
 
 class Model(Settings):
     """The language model whose activations are explained."""
 
-    name: str
+    name: Name
     """A Hugging Face name or a local directory."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
@@ -26,13 +27,13 @@ class Model(Settings):
 class Text(Settings):
     """The text the model reads, cut into windows of `context` tokens."""
 
-    dataset: str
+    dataset: Name
     """A Hugging Face dataset, a directory written by `save_to_disk`, or local .txt, .jsonl, .json, .csv or .parquet file(s): a file, a directory or a glob."""
     subset: str | None = None
     """The dataset's configuration name."""
-    split: str = "train"
+    split: Name = "train"
     """The dataset's split."""
-    column: str = "text"
+    column: Name = "text"
     """The column that holds the text (of .txt files: always `text`)."""
     streaming: bool = False
     """Read a Hub dataset without downloading it whole."""
@@ -49,6 +50,12 @@ class Text(Settings):
     held_out_fraction: Fraction = 0.05
     """Share of the documents, chosen by a hash of their text, that training never sees."""
 
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Text:
+        if self.ignore_first >= self.context:
+            raise ValueError(f"ignore_first = {self.ignore_first} leaves nothing of windows of {self.context} tokens")
+        return self
+
 
 class Generate(Settings):
     """How many activations to make, and how to write them."""
@@ -61,7 +68,7 @@ class Generate(Settings):
     """Rows of a chunk file, at most."""
     dtype: Dtype = "bfloat16"
     """Precision on disk; bfloat16 is kept bit-exact."""
-    sites: tuple[str, ...] | None = None
+    sites: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     """Sites to store; null = those that the wiring reads and writes."""
     batch_windows: Annotated[int, Field(ge=1)] = 32
     """Windows in one forward pass of the model."""
@@ -74,7 +81,7 @@ class StoreSource(Settings):
 
     kind: Literal["store"] = "store"
     """The tag of this source."""
-    path: str
+    path: Name
     """The store: a directory or a URL that fsspec knows."""
     slice_rows: Annotated[int, Field(ge=1)] = 64
     """Rows read in one piece: the unit that is shuffled over the whole store."""

@@ -3,79 +3,101 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+import reprlib
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
+
+Loc = tuple[Any, ...]
 
 
 class UserError(ValueError):
     """Something the user can mend. Its message is one line; a job prints it and exits with status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(part.strip() for part in message.splitlines()))
+
 
 def nearest(name: str, choices: list[str]) -> str:
-    """' (did you mean X? …)' for the closest choice, with the choices."""
+    """'did you mean X? allowed: …' for a name that is none of the choices."""
     match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]}? " if match else ""
     return f"{hint}allowed: {', '.join(sorted(choices))}"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where the file is missing or is not one."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-    return tree
-
-
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation, as 'path: what; allowed: …' (and how many more there are)."""
     # An unknown key explains the missing one that it was meant to be, so it goes first.
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    first, more = problems[0], len(problems) - 1
-    line = _one(first, model)
+    problems = sorted(error.errors(), key=lambda p: p["type"] not in ("extra_forbidden", "invalid_key"))
+    line = _one(problems[0], model)
+    more = len(problems) - 1
     return line + (f" (and {more} more)" if more else "")
 
 
 def _one(problem: Any, model: type[BaseModel]) -> str:
-    path, owner = _place(problem["loc"], model)
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{path}: unknown setting; {nearest(path.rsplit('.', 1)[-1], list(owner.model_fields))}"
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        *inside, key = problem["loc"]
+        path, owner = _place(tuple(inside), model)
+        return f"{_dotted(path, key) or repr(key)}: unknown setting; {nearest(str(key), list(owner.model_fields))}"
+    path, _ = _place(problem["loc"], model)
+    names = path.split(".")
+    shown = reprlib.repr(value) if not isinstance(value, str) else repr(_short(value))
     if kind == "missing":
         return f"{path}: missing"
     if kind == "union_tag_invalid":
-        tags = [t.strip(" '") for t in context["expected_tags"].split(",")]
-        return f"{path}.kind: {context['tag']!r} is unknown; {nearest(context['tag'], tags)}"
+        return f"{path}.kind: {_short(context['tag'])!r} is unknown; {nearest(context['tag'], _tags(names, model))}"
     if kind == "union_tag_not_found":
-        return f"{path}.kind: missing"
+        return f"{path}.kind: missing; allowed: {', '.join(_tags(names, model))}"
+    if kind == "literal_error" and len(choices := [c.strip("'") for c in _choices(context["expected"])]) > 1:
+        return f"{path}: {shown} is unknown; {nearest(str(value), choices)}"
+    if kind in ("model_type", "model_attributes_type"):
+        tags = _tags(names, model)
+        wanted = f"a mapping with kind: {', '.join(tags)}" if tags else "a mapping of settings"
+        return f"{path}: {shown} should be {wanted}"
     if kind == "value_error":
         return f"{path}: {context['error']}" if path else str(context["error"])
-    return f"{path}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"]
+    return f"{path}: {shown} {message[6:]}" if message.startswith("Input ") else f"{path}: {shown}: {message.lower()}"
 
 
-def _place(loc: tuple[Any, ...], model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
-    """Dotted path of a problem without pydantic's union markers, and the section that holds it."""
-    names, owner = [], model
-    for i, part in enumerate(loc):
+def _choices(expected: str) -> list[str]:
+    return expected.replace(" or ", ", ").split(", ")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _dotted(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _place(loc: Loc, model: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """Dotted path of a problem without pydantic's tags of unions, and the section that holds it."""
+    names: list[str] = []
+    owner = model
+    for part in loc:
         field = owner.model_fields.get(part) if isinstance(part, str) else None
-        sections = [t for t in _types(field.annotation) if _is_section(t)] if field else []
-        tagged = {t.model_fields["kind"].default: t for t in _siblings(names, model) if "kind" in t.model_fields}
-        if part in tagged and not field:
+        tagged = {} if field else {_tag(s): s for s in _siblings(names, model)}
+        if part in tagged:
             owner = tagged[part]
             continue
-        if isinstance(part, str) and i and not field and "[" in part:  # a marker such as 'function-after[…]'
-            continue
         names.append(str(part))
-        if sections:
-            owner = sections[0]
+        sections = [t for t in _types(field.annotation) if _is_section(t)] if field else []
+        owner = sections[0] if sections else owner
     return ".".join(names), owner
+
+
+def _tags(names: list[str], model: type[BaseModel]) -> list[str]:
+    """Kinds of the tagged sections that may stand at a path."""
+    return sorted(tag for s in _siblings(names, model) if (tag := _tag(s)))
+
+
+def _tag(section: type[BaseModel]) -> str | None:
+    """The tag of a section in a union; None for one that is not in any."""
+    kind = section.model_fields.get("kind")
+    return kind.default if kind and isinstance(kind.default, str) and len(get_args(kind.annotation)) == 1 else None
 
 
 def _siblings(names: list[str], model: type[BaseModel]) -> list[type[BaseModel]]:

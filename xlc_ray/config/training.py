@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from xlc_ray.config.base import Fraction, Settings
+from xlc_ray.config.base import Fraction, Name, Settings
 
 
 class Constant(Settings):
@@ -29,6 +29,12 @@ class Linear(Settings):
     """Share of the run, at its end, over which the value falls."""
     end: Annotated[float, Field(ge=0)] = 0.0
     """What is left at the end, as a factor."""
+
+    @model_validator(mode="after")
+    def _fits_in_the_run(self) -> Linear:
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup = {self.warmup:g} and decay = {self.decay:g} exceed the whole run, 1")
+        return self
 
 
 class Cosine(Settings):
@@ -102,7 +108,7 @@ class Optimizer(Settings):
 class Wandb(Settings):
     """Log to Weights & Biases (needs the extra `wandb`)."""
 
-    project: str
+    project: Name
     """Project name."""
     entity: str | None = None
     """Team or user."""

@@ -1,0 +1,53 @@
+# What people and CI type. `make install` is the first step of every other target, and is done once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CONSTRAINTS ?= constraints.txt
+CONFIG ?= configs/quickstart.yaml
+
+.PHONY: help install demo test test-slow check format schema clean
+
+help:
+	@echo "make install     into $(VENV), with the exact versions of $(CONSTRAINTS)"
+	@echo "make demo        text -> activations -> a trained dictionary -> a report"
+	@echo "make test        the tests, but for those marked slow: make test-slow"
+	@echo "make check       format, lint, types, layers"
+	@echo "make format      write the format and the lint's fixes"
+	@echo "make schema      write configs/schema.json from the settings"
+	@echo "make clean       remove caches and builds; runs/, data/ and $(VENV) stay"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python jobs/generate.py --config $(CONFIG)
+	$(BIN)/python jobs/train.py --config $(CONFIG)
+	$(BIN)/python jobs/evaluate.py --config $(CONFIG)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow" -ra
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow -ra
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: install
+	$(BIN)/python -m xlc_ray.config.schema > configs/schema.json
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

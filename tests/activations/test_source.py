@@ -1,0 +1,99 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.activations.build import SITES, make, row_ids
+from xlc_ray.activations import source
+from xlc_ray.activations.order import Order
+
+CHUNKS = [50, 50, 50, 17]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("store"), CHUNKS)
+
+
+def ids(batches, site="mlp_in.0"):
+    return [row_ids(batch[site]) for batch in batches]
+
+
+def test_an_epoch_of_batches_is_every_row_once_remainders_included(data):
+    order = Order(data.chunk_rows, 3, 8, 5)
+    total = sum(CHUNKS)  # 167 is prime: 167 batches of 10 are ten epochs, and straddle them
+    found = [i for batch in ids(source.batches(data, order, list(SITES), 10, 0, 167)) for i in batch]
+    for epoch in range(10):
+        assert sorted(found[epoch * total : (epoch + 1) * total]) == list(range(total))
+
+
+def test_rows_of_all_sites_belong_together_and_are_float32(data):
+    for batch in source.batches(data, Order(data.chunk_rows, 0, 8, 5), list(SITES), 12, 0, 5):
+        assert list(batch) == list(SITES)
+        assert len({tuple(row_ids(values)) for values in batch.values()}) == 1
+        for site, values in batch.items():
+            assert values.dtype == torch.float32
+            assert values.shape == (12, SITES[site])
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.integers(0, 30), st.integers(0, 12), st.integers(0, 3))
+def test_replicas_share_each_batch_wherever_reading_starts(data, share, replicas, start, count, seed):
+    rows = share * replicas
+    order = Order(data.chunk_rows, seed, 7, 4)
+    whole = ids(source.batches(data, order, ["mlp_in.0"], rows, 0, start + count))[start:]
+    parts = [
+        ids(
+            source.batches(
+                data, Order(data.chunk_rows, seed, 7, 4), ["mlp_in.0"], rows, start, start + count, r, replicas
+            )
+        )
+        for r in range(replicas)
+    ]
+    assert all(len(part) == count for part in parts)
+    assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole
+    for batch in whole[: sum(CHUNKS) // rows - start]:  # those of the first epoch
+        assert len(set(batch)) == rows  # so the shares are disjoint
+
+
+def test_batches_are_the_stream_of_the_order(data):
+    order = Order(data.chunk_rows, 1, 8, 5)
+    first = np.cumsum([0, *CHUNKS])
+    windows = [order.window(w) for w in range(order.epoch_windows)]
+    stream = [int(first[c] + r) for w in windows for c, r in zip(w.chunk, w.row, strict=True)]
+    found = ids(source.batches(data, order, ["resid_post.0"], 40, 0, 4), "resid_post.0")
+    assert list(chain(*found)) == stream[:160]
+
+
+def test_batches_of_a_url_equal_those_of_a_directory(data):
+    remote = make("memory://source-test/store", CHUNKS)
+    order = Order(data.chunk_rows, 1, 8, 5)
+    for here, there in zip(
+        *(source.batches(d, order, list(SITES), 30, 2, 9, 1, 2) for d in (data, remote)), strict=True
+    ):
+        assert all(torch.equal(here[site], there[site]) for site in SITES)
+
+
+def test_first_rows_are_the_start_of_the_stream_and_at_most_an_epoch(data):
+    order = Order(data.chunk_rows, 1, 8, 5)
+    (batch,) = source.batches(data, order, ["mlp_in.0"], 33, 0, 1)
+    assert torch.equal(source.first_rows(data, order, ["mlp_in.0"], 33)["mlp_in.0"], batch["mlp_in.0"])
+    everything = source.first_rows(data, order, ["mlp_in.0"], 10**9)["mlp_in.0"]
+    assert sorted(row_ids(everything)) == list(range(sum(CHUNKS)))
+
+
+def test_batch_does_not_keep_its_window_alive(data):
+    batch = next(source.batches(data, Order(data.chunk_rows, 0, 8, 20), ["mlp_in.0"], 4, 0, 1))
+    assert batch["mlp_in.0"].untyped_storage().nbytes() == 4 * 6 * 4
+
+
+def test_no_batches_is_no_reading(data):
+    assert list(source.batches(data, Order(data.chunk_rows, 0, 8, 20), ["mlp_in.0"], 4, 3, 3)) == []
+
+
+def test_blocks_that_are_no_whole_batches_are_a_bug():
+    with pytest.raises(AssertionError):
+        list(source.rebatch([{"x": np.zeros((5, 2), np.float32)}], 4, "float32"))

@@ -1,0 +1,95 @@
+"""The command line: overrides, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlc_ray.cluster import cli
+from xlc_ray.config import UserError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+def test_overrides_replace_what_stands_at_their_path():
+    config = cli.parse(
+        ["--config", QUICKSTART, "--train.lr=3e-4", "--dictionary.gate={kind: jumprelu, bandwidth: 1e-1}", "--seed=7"]
+    )
+    assert config.train.lr == 3e-4
+    assert (config.dictionary.gate.kind, config.dictionary.gate.bandwidth) == ("jumprelu", 0.1)
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1E5", 1e5),
+        ("-.5e3", -500.0),
+        ("400_000", 400000),
+        ("[1e-3, 2]", [1e-3, 2]),
+        ("null", None),
+        ("e5", "e5"),
+        ("1e5x", "1e5x"),
+    ],
+)
+def test_values_are_yaml_with_numbers_that_look_like_numbers(text, value):
+    found = cli.parse_value("--x", text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config: missing"),
+        (["--config"], "--config: missing"),
+        (["train.lr=1", "--config", QUICKSTART], "train.lr=1: expected"),
+        (["--config", QUICKSTART, "--train.lr", "1"], "--train.lr: needs a value"),
+        (["--config", QUICKSTART, "--train.lrr=1"], "did you mean lr?"),
+        (["--config", QUICKSTART, "--train.lr=[1"], "--train.lr: '[1' is not YAML"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(argv, message):
+    with pytest.raises(UserError) as error:
+        cli.parse(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def run_job(body: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    script = (
+        f"from xlc_ray.cluster import cli\nfrom xlc_ray.config import UserError\n{body}\ncli.run(main, 'About it.')"
+    )
+    return subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_exit_status_tells_success_mistake_interruption_and_defect_apart():
+    body = """
+def main(config):
+    match config.seed:
+        case 1: raise UserError("text.column: wrong")
+        case 2: raise KeyboardInterrupt
+        case 3: raise ZeroDivisionError("ours")
+    print("seed", config.seed)
+"""
+    done = [run_job(body, "--config", QUICKSTART, f"--seed={seed}") for seed in range(4)]
+    assert [d.returncode for d in done] == [0, 2, 130, 1]
+    assert done[0].stdout == "seed 0\n"
+    assert done[1].stderr == "error: text.column: wrong\n"
+    assert "kept" in done[2].stderr
+    assert "ZeroDivisionError: ours" in done[3].stderr
+
+
+def test_help_explains_itself_without_a_config():
+    done = run_job("main = print", "--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("About it.", "usage:", "--config", "dictionary", "cluster"))
+    section = cli.help_text(["--help", "train"], "About it.")
+    assert "--train.lr (required): Peak learning rate." in section
+    assert "--train.loss.sparsity.coefficient" in section

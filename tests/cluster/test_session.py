@@ -1,0 +1,62 @@
+"""Where jobs find their input and put their output, and what they ask of the cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from xlc_ray.cluster.session import require, resolve
+from xlc_ray.config import UserError
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config("base").override({"model.name": "org/model", "text.dataset": "org/text"})
+
+
+def test_relative_paths_start_from_the_working_directory(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XLC_ROOT", raising=False)
+    found = resolve(config)
+    assert (found.out, found.source.path) == (f"{tmp_path}/base/run", f"{tmp_path}/base/store")
+    assert (found.model.name, found.text.dataset) == ("org/model", "org/text")
+    assert resolve(found) == found
+
+
+def test_root_is_an_environment_variable(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLC_ROOT", str(tmp_path / "shared"))
+    assert resolve(config).out == f"{tmp_path}/shared/base/run"
+
+
+def test_local_model_and_text_become_absolute(config, tmp_path, monkeypatch):
+    (tmp_path / "org/model").mkdir(parents=True)
+    (tmp_path / "org/text").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = resolve(config.override({"text.dataset": "org/text/*.txt"}))
+    assert (found.model.name, found.text.dataset) == (f"{tmp_path}/org/model", f"{tmp_path}/org/text/*.txt")
+
+
+def test_urls_and_absolute_paths_stay(config):
+    found = resolve(config.override({"out": "s3://bucket/run", "source.path": "/data/store"}))
+    assert (found.out, found.source.path) == ("s3://bucket/run", "/data/store")
+
+
+def test_a_job_in_a_temporary_copy_writes_to_the_home_directory_and_says_so(config, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123abcd"
+    (copy / "org/model").mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("XLC_ROOT", raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    found = resolve(config)
+    assert (found.out, found.model.name) == ("/home/someone/xlc_ray/base/run", f"{copy}/org/model")
+    assert capsys.readouterr().out.count("/home/someone/xlc_ray/base/run") == 1
+    resolve(found)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.cluster
+def test_asking_for_more_than_the_cluster_has_is_an_error_and_no_silent_wait(cluster):
+    require(4, 0, "this")
+    with pytest.raises(UserError, match="harvesting needs 5 CPUs at once, the cluster has 4"):
+        require(5, 0, "harvesting")
+    with pytest.raises(UserError, match="needs 1 GPUs at once, the cluster has 0"):
+        require(1, 1, "harvesting")

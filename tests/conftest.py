@@ -1,0 +1,11 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is wrong
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import jaxtyping
+import torch
+
+# Every public shape in the mathematics is checked while the tests run.
+jaxtyping.install_import_hook("xlc_ray.dictionary", "beartype.beartype")
+torch.set_num_threads(1)

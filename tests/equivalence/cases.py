@@ -1,0 +1,93 @@
+"""Small training runs in float64 on random activations, for every wiring × gate, and what they leave behind."""
+
+from __future__ import annotations
+
+import torch
+
+from xlc_ray.config import Config
+from xlc_ray.dictionary import Shards, Wiring, wiring
+from xlc_ray.dictionary.build import build
+from xlc_ray.training import Learner
+
+ROWS, FEATURES, STEPS = 16, 10, 20  # 10 features split 5+5 and 3+3+3+1
+
+WIRINGS = {
+    "sae": wiring.sae(["resid_post.0", "resid_post.1"], 6),
+    "transcoders": wiring.transcoders([0, 1], 6, skip=False),
+    "skip_transcoders": wiring.transcoders([0, 1], 6, skip=True),
+    "clt": wiring.clt([0, 1, 2], 6),
+    "acausal": wiring.crosscoder(["resid_post.0", "resid_post.1"], 6, "acausal"),
+    "weakly_causal": wiring.crosscoder(["resid_post.0", "resid_post.1"], 6, "weak"),
+    "strictly_causal": wiring.crosscoder(["resid_post.0", "resid_post.1", "resid_post.2"], 6, "strict"),
+    "ragged_widths": Wiring({"a": 3, "b": 5, "c": 4}, (("a",), ("a", "c")), (("a", "c"), ("b",))),
+}
+L1 = {"sparsity": {"kind": "l1", "coefficient": 0.1, "schedule": {"kind": "constant", "warmup": 0.5}}}
+TANH = {"sparsity": {"kind": "tanh", "coefficient": 0.1}, "preactivation": 0.01}
+AUXK = {"auxk": {"k": 2}}
+JUMP = {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.5}
+GATES = {
+    "relu_l1": ({"kind": "relu"}, L1),
+    "relu_per_dim": ({"kind": "relu"}, {**L1, **AUXK, "scale": "per_dim"}),
+    "jumprelu_log": (JUMP, TANH),
+    "jumprelu_direct": ({**JUMP, "parameterisation": "direct"}, {"sparsity": {"kind": "l0", "coefficient": 0.1}}),
+    "jumprelu_target": (JUMP, {"sparsity": {"kind": "l0", "coefficient": 0.5, "target_l0": 3.0}}),
+    "topk_group": ({"kind": "topk", "k": 2, "pool": "group"}, AUXK),
+    "topk_all": ({"kind": "topk", "k": 3, "rank_by": "decoder_norm"}, AUXK),
+    "batchtopk_group": ({"kind": "batchtopk", "k": 2, "pool": "group", "threshold_start": 5}, AUXK),
+    "batchtopk_all": ({"kind": "batchtopk", "k": 3, "threshold_start": 5}, {**AUXK, **TANH, "preactivation": 0.0}),
+}
+CASES = [(w, g) for w in WIRINGS for g in GATES]
+
+
+def config(gate: dict, loss: dict, **changes) -> Config:
+    tree = {
+        "out": "unused",
+        "model": {"name": "unused"},
+        "text": {"dataset": "unused"},
+        "generate": {"tokens": 1, "held_out_tokens": 1},
+        "source": {"path": "unused"},
+        "dictionary": {"wiring": {"kind": "clt"}, "features": FEATURES, "gate": gate, "decoder_norm": 0.7},
+        "train": {
+            "steps": STEPS,
+            "batch_tokens": ROWS,
+            "lr": 0.01,
+            "precision": "float64",
+            "clip_norm": 0.5,
+            "dead_after_tokens": 3 * ROWS,
+            "loss": loss,
+        },
+    }
+    return Config.model_validate(tree).override(changes)
+
+
+def batches(wires: Wiring) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    shape = {site: (ROWS, width) for site, width in wires.widths.items()}
+    return [
+        {site: torch.randn(s, generator=generator, dtype=torch.float64) for site, s in shape.items()} for _ in range(STEPS)
+    ]
+
+
+def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Tensor]:
+    """Metrics of every step, gradients of the first, parameters and counters at the end. Sharded ones: this rank's."""
+    wires, (gate, loss) = WIRINGS[case[0]], GATES[case[1]]
+    settings = config(gate, loss, **changes)
+    dictionary = build(settings.dictionary, wires, seed=3, shards=shards)
+    learner = Learner(dictionary, settings)
+    found: dict[str, torch.Tensor] = {}
+    share = ROWS // shards.replicas
+    for i, batch in enumerate(batches(wires)):
+        mine = {s: v[shards.replica * share : (shards.replica + 1) * share] for s, v in batch.items()}
+        metrics = learner.train_step(mine, measure=i in (0, STEPS - 1)) or {}
+        if shards.replicas > 1:  # variance about a replica's own mean is another number
+            metrics.pop("explained_variance", None)
+        found |= {f"metrics.{i}.{k}": torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()}
+        if i == 0:
+            found |= {f"grad.{k}": p.grad.clone() for k, p in dictionary.named_parameters()}
+    found |= {f"final.{k}": v.clone() for k, v in dictionary.state_dict().items() if k != "gate.smallest_kept"}
+    return found | {f"silent.{g}": s for g, s in enumerate(learner.silent)}
+
+
+def sharded_size(name: str, case: tuple[str, str]) -> bool:
+    kind, _, rest = name.partition(".")
+    return kind == "silent" or (kind in ("grad", "final") and rest.startswith(("groups.", "gate.raw_threshold")))

@@ -1,0 +1,214 @@
+"""The bytes of one chunk: an HDF5 file of arrays [rows, width], one a site, contiguous and uncompressed.
+
+`layer_{l}/inputs` and `layer_{l}/targets` hold mlp_in.l and mlp_out.l (crosslayer-coding's layout), `sites/<name>` any
+other site. bfloat16 is kept as its bits in uint16, since neither numpy nor HDF5 knows it: `encode` and `decode` are the
+only places that turn numbers into stored arrays and back.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import xxhash
+
+from xlc_ray import files
+from xlc_ray.activations.manifest import ChunkRecord
+from xlc_ray.activations.sites import parse
+from xlc_ray.config import UserError
+
+_STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
+_CHECKED: dict[str, tuple[int, int, int]] = {}
+_OPEN_FILES = 64  # bounds descriptors and maps: a store may have thousands of chunks
+
+
+def stored_dtype(dtype: str) -> np.dtype:
+    """The numpy type on disk of float32, float16 or bfloat16 (uint16 bits)."""
+    return _STORED[dtype]
+
+
+def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
+    """A tensor in its stored form. Raises UserError, naming `where`, if a finite value becomes infinite."""
+    stored = values.to(getattr(torch, dtype))
+    if dtype == "float16" and bool((stored.isinf() & ~values.isinf()).any()):
+        largest = float(values.abs().max())
+        raise UserError(f"generate.dtype: float16 cannot hold {largest:.3g} at {where}; allowed: bfloat16, float32")
+    stored = stored.cpu().contiguous()
+    return stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()
+
+
+def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A stored array as a float32 tensor."""
+    assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
+    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).float()
+
+
+def dataset_name(site: str) -> str:
+    """Where a site's array stands in a chunk file."""
+    kind, layer = parse(site)
+    return {"mlp_in": f"layer_{layer}/inputs", "mlp_out": f"layer_{layer}/targets"}.get(kind, f"sites/{site}")
+
+
+def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> ChunkRecord:
+    """Write `chunk_{index}.hdf5`, whole or not at all, and say what was written."""
+    name = f"chunk_{index}.hdf5"
+    target = files.join(directory, name)
+    rows = {len(array) for array in arrays.values()}
+    assert len(rows) == 1, "every site has the same rows"
+    files.makedirs(directory)
+    # Beside the target, so that the rename stays on one file system.
+    parent = None if files.is_url(directory) else files.local(directory)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent) as place:
+        partial = Path(place) / f"{name}.part"
+        offsets = _write_hdf5(partial, arrays)
+        record = ChunkRecord(
+            index=index,
+            file=name,
+            rows=rows.pop(),
+            bytes=partial.stat().st_size,
+            checksum=checksum(str(partial)),
+            offsets=offsets,
+        )
+        if files.is_url(directory):
+            fs, inner = files.filesystem(target)
+            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+            fs.put_file(str(partial), inner)
+        else:
+            partial.replace(files.local(target))
+    return record
+
+
+def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    with h5py.File(path, "w") as file:
+        found = {}
+        for site, array in arrays.items():
+            dataset = file.create_dataset(dataset_name(site), data=array, track_times=False)
+            found[site] = dataset.id.get_offset()
+            assert found[site] is not None, "a contiguous dataset has an offset"
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return found
+
+
+def checksum(path: str) -> str:
+    """XXH3 of a file or URL, in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    fs, inner = files.filesystem(path)
+    with fs.open(inner, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def size(path: str) -> int | None:
+    """Bytes of a file or object; None where there is none."""
+    fs, inner = files.filesystem(path)
+    try:
+        return fs.info(inner)["size"]
+    except FileNotFoundError:
+        return None
+
+
+def scatter(
+    path: str,
+    record: ChunkRecord,
+    widths: Mapping[str, int],
+    dtype: str,
+    rows: np.ndarray,
+    to: np.ndarray,
+    out: Mapping[str, np.ndarray],
+) -> None:
+    """Copy rows (ascending) of a local chunk file to rows `to` of each site's array in `out`.
+
+    Raises UserError naming the file, and the dataset, where it is missing, cut, or not as the manifest says.
+    """
+    identity = _identity(path, record.bytes)
+    if _CHECKED.get(path) != identity:
+        _check_file(path, record, widths, dtype)
+        _CHECKED[path] = identity
+    for site, values in out.items():
+        offset, width = record.offsets[site], widths[site]
+        if offset is None:
+            dataset = check_dataset(_hdf5(path, identity), path, site, (record.rows, width), dtype)
+            _scatter_hdf5(dataset, rows, to, values)
+            continue
+        stored = _STORED[dtype]
+        raw = _mapped(path, identity)[offset : offset + record.rows * width * stored.itemsize]
+        values[to] = raw.view(stored).reshape(record.rows, width)[rows]
+
+
+def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype: str) -> None:
+    """Once a file and process: maps go by offsets, so that another file of the same size would give any numbers."""
+    with open_hdf5(path) as file:
+        for site, offset in record.offsets.items():
+            dataset = check_dataset(file, path, site, (record.rows, widths[site]), dtype)
+            if offset is not None and dataset.id.get_offset() != offset:
+                raise UserError(
+                    f"{path}: {dataset_name(site)} is not where the manifest says; generate this chunk again"
+                )
+
+
+def _identity(path: str, expected: int) -> tuple[int, int, int]:
+    # Part of the caches' keys: a file that was replaced is never served from an old map.
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the chunk is missing") from None
+    if status.st_size != expected:
+        raise UserError(f"{path}: cut or altered: {status.st_size} bytes where the manifest says {expected}")
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _mapped(path: str, identity: tuple[int, int, int]) -> np.ndarray:
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _hdf5(path: str, identity: tuple[int, int, int]) -> h5py.File:
+    return open_hdf5(path)
+
+
+def open_hdf5(path: str) -> h5py.File:
+    """A local HDF5 file, for reading. Raises UserError where it is none."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
+
+
+def check_dataset(file: h5py.File, path: str, site: str, shape: Sequence[int], dtype: str) -> h5py.Dataset:
+    """A site's dataset in an open file. Raises UserError where it is missing or of another shape or type."""
+    name = dataset_name(site)
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise UserError(f"{path}: has no dataset {name}")
+    if dataset.shape != tuple(shape):
+        raise UserError(f"{path}: {name} has shape {list(dataset.shape)} where the store says {list(shape)}")
+    if dataset.dtype != _STORED[dtype]:
+        raise UserError(f"{path}: {name} holds {dataset.dtype} where the store says {_STORED[dtype]} ({dtype})")
+    return dataset
+
+
+def _scatter_hdf5(dataset: h5py.Dataset, rows: np.ndarray, to: np.ndarray, values: np.ndarray) -> None:
+    """Slices only (h5py's fancy indexing is slow); each compressed HDF5 chunk is unpacked once."""
+    step = dataset.chunks[0] if dataset.chunks else 1024
+    block = rows // step
+    for first in np.unique(block):
+        here = block == first
+        try:
+            data = dataset[first * step : (first + 1) * step]
+        except OSError as error:
+            raise UserError(
+                f"{dataset.file.filename}: {dataset.name} cannot be read: {str(error).splitlines()[0]}"
+            ) from None
+        values[to[here]] = data[rows[here] - first * step]

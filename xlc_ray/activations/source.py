@@ -1,0 +1,91 @@
+"""Batches of stored rows: replica r of R takes rows [nB + r·B/R, nB + (r+1)·B/R) of every global batch n.
+
+`batches` reads in this process. The pieces are there for other readers too, which then give the same batches:
+`replica_rows` says which rows of a window a replica needs, `read_window` reads them, `rebatch` cuts the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from xlc_ray.activations.chunkfile import decode
+from xlc_ray.activations.order import Order, Window
+from xlc_ray.activations.store import Store
+
+
+def replica_rows(
+    window: Window, batch_rows: int, start_batch: int, stop_batch: int, replica: int, replicas: int
+) -> np.ndarray:
+    """Which rows of a window belong to a replica's share of batches [start_batch, stop_batch): ascending indices."""
+    assert batch_rows % replicas == 0, "replicas divide the batch"
+    position = window.start + np.arange(len(window), dtype=np.int64)
+    asked = (position >= start_batch * batch_rows) & (position < stop_batch * batch_rows)
+    return np.flatnonzero(asked & (position % batch_rows // (batch_rows // replicas) == replica))
+
+
+def windows_of(order: Order, batch_rows: int, start_batch: int, stop_batch: int) -> range:
+    """The windows of the stream that hold batches [start_batch, stop_batch)."""
+    if stop_batch <= start_batch:
+        return range(0)
+    return range(order.window_at(start_batch * batch_rows), order.window_at(stop_batch * batch_rows - 1) + 1)
+
+
+def read_window(store: Store, window: Window, keep: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows `keep` (indices or a mask) of a window, in stream order: {site: [n, width]} in the stored type."""
+    return store.gather(window.chunk[keep], window.row[keep], sites)
+
+
+def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Cut consecutive blocks of stored rows into float32 batches of `rows` rows. Their total is a multiple of it."""
+    parts: list[dict[str, np.ndarray]] = []
+    have = 0
+    for block in blocks:
+        size = len(next(iter(block.values())))
+        used = 0
+        while size - used >= rows - have:
+            take = rows - have
+            parts.append({site: array[used : used + take] for site, array in block.items()})
+            yield _join(parts, dtype)
+            used, parts, have = used + take, [], 0
+        if used < size:
+            parts.append({site: array[used:] for site, array in block.items()})
+            have += size - used
+    assert have == 0, "blocks hold whole batches"
+
+
+def _join(parts: list[dict[str, np.ndarray]], dtype: str) -> dict[str, torch.Tensor]:
+    def whole(site: str) -> np.ndarray:
+        # A copy in either case: a batch must not keep a whole window alive.
+        return np.concatenate([part[site] for part in parts])
+
+    return {site: decode(whole(site), dtype) for site in parts[0]}
+
+
+def batches(
+    store: Store,
+    order: Order,
+    sites: Sequence[str],
+    batch_rows: int,
+    start_batch: int,
+    stop_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A replica's share of batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}."""
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        for w in windows_of(order, batch_rows, start_batch, stop_batch):
+            window = order.window(w)
+            keep = replica_rows(window, batch_rows, start_batch, stop_batch, replica, replicas)
+            if len(keep):
+                yield read_window(store, window, keep, sites)
+
+    return rebatch(blocks(), batch_rows // replicas, store.dtype)
+
+
+def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:
+    """The first `rows` rows of the stream, at most one epoch: {site: float32 [min(rows, stored), width]}."""
+    return next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))

@@ -1,0 +1,206 @@
+"""The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
+
+Local files are memory-mapped, URLs are read by byte ranges from the manifest's offsets, compressed files by h5py
+slices. Arrays keep the stored type (bfloat16 as uint16 bits) until `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+from pydantic import ValidationError
+
+from xlc_ray import files
+from xlc_ray.activations import chunkfile, foreign
+from xlc_ray.activations.chunkfile import decode, encode, stored_dtype
+from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
+from xlc_ray.activations.text import ChunkText
+from xlc_ray.activations.writing import (
+    begin,
+    fingerprint,
+    finish,
+    identity,
+    missing_chunks,
+    read_plan,
+    read_text,
+    write_chunk,
+    write_plan,
+    write_text,
+)
+from xlc_ray.config import UserError
+
+__all__ = [
+    "ChunkRecord",
+    "Manifest",
+    "SiteStatistics",
+    "Store",
+    "begin",
+    "decode",
+    "encode",
+    "fingerprint",
+    "finish",
+    "identity",
+    "missing_chunks",
+    "open_store",
+    "read_plan",
+    "read_text",
+    "stored_dtype",
+    "write_chunk",
+    "write_plan",
+    "write_text",
+]
+
+_GAP = 64  # over a network, rows this close are fetched in one range
+
+
+def open_store(path: str) -> Store:
+    """Open a complete store, ours or crosslayer-coding's. Raises UserError where there is none or it disagrees."""
+    name = files.join(path, "manifest.json")
+    if files.exists(name):
+        raw = foreign.read_required(name)
+        if raw.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+            raise UserError(
+                f"{name}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}; update xlc_ray"
+            )
+        try:
+            manifest = Manifest.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    elif files.exists(files.join(path, "index.bin")):
+        manifest = foreign.read_manifest(path)
+    elif files.exists(files.join(path, "identity.json")):
+        raise UserError(f"{path}: these activations are not complete; generate again to make the rest")
+    else:
+        raise UserError(f"{path}: no activations here (neither manifest.json nor index.bin)")
+    store = Store(path, manifest)
+    store.statistics()  # a store without them must not get as far as training
+    return store
+
+
+@dataclass(frozen=True)
+class Store:
+    """Plain data, cheap to send to another process: open files are kept by chunkfile.py, not here.
+
+    A chunk is named by its place in `manifest.chunks`.
+    """
+
+    path: str
+    manifest: Manifest
+
+    @property
+    def chunk_rows(self) -> list[int]:
+        """Rows of each chunk."""
+        return [chunk.rows for chunk in self.manifest.chunks]
+
+    @property
+    def dtype(self) -> str:
+        """float32, float16 or bfloat16."""
+        return self.manifest.dtype
+
+    def read(self, chunk: int, start: int, stop: int, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Rows start … stop-1 of a chunk: {site: [stop - start, width]}."""
+        return self.gather(np.full(stop - start, chunk), np.arange(start, stop), sites)
+
+    def gather(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
+        """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}. Raises UserError naming a damaged file."""
+        for site in sites:
+            if site not in self.manifest.sites:
+                raise UserError(f"{self.path}: has no site {site}; allowed: {', '.join(self.manifest.sites)}")
+        stored = stored_dtype(self.dtype)
+        out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
+        order = np.lexsort((row, chunk))
+        assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
+        if files.is_url(self.path):
+            self._fetch(chunk[order], row[order], order, out)
+            return out
+        for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1):
+            if len(part):
+                record = self.manifest.chunks[chunk[part[0]]]
+                path = files.join(files.local(self.path), record.file)
+                chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out)
+        return out
+
+    def _fetch(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        """Rows (sorted) of a URL by byte ranges, all of them asked for at once."""
+        fs, base = files.filesystem(self.path)
+        cuts = np.flatnonzero((np.diff(chunk) != 0) | (np.diff(row) > _GAP)) + 1
+        runs = [part for part in np.split(np.arange(len(row)), cuts) if len(part)]
+        names, starts, ends = [], [], []
+        for site, values in out.items():
+            size = values.shape[1] * values.itemsize
+            for part in runs:
+                record = self.manifest.chunks[chunk[part[0]]]
+                offset = record.offsets[site]
+                assert offset is not None, "a store at a URL has offsets"
+                names.append(files.join(base, record.file))
+                starts.append(int(offset + row[part[0]] * size))
+                ends.append(int(offset + (row[part[-1]] + 1) * size))
+        try:
+            blobs = iter(fs.cat_ranges(names, starts, ends, on_error="raise"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path}: a chunk is missing: {error}") from None
+        spans = zip(names, starts, ends, strict=True)
+        for values in out.values():
+            for part in runs:
+                blob, (name, start, end) = next(blobs), next(spans)
+                if len(blob) != end - start:
+                    raise UserError(f"{name}: cut: {len(blob)} of the {end - start} bytes at {start}")
+                rows = np.frombuffer(blob, values.dtype).reshape(-1, values.shape[1])
+                values[to[part]] = rows[row[part] - row[part[0]]]
+
+    def windows(self, chunk: int) -> ChunkText | None:
+        """The token windows of a chunk and the (window, position) of each of its rows; None in stores without text."""
+        if self.manifest.fingerprint is None:
+            return None
+        return read_text(self.path, self.manifest.chunks[chunk].index)
+
+    def statistics(self) -> dict[str, SiteStatistics]:
+        """Mean, unbiased deviation and mean norm of every site. Raises UserError where they are missing."""
+        if self.manifest.fingerprint is None:
+            return foreign.read_statistics(self.path, self.manifest)
+        name = files.join(self.path, "statistics.json")
+        tree, found = foreign.read_required(name), {}
+        for site, width in self.manifest.sites.items():
+            s = tree.get(site)
+            if s is None or len(s["mean"]) != width or len(s["std"]) != width or s["count"] != self.manifest.tokens:
+                raise UserError(f"{name}: {site} is missing or not of this store")
+            found[site] = SiteStatistics(s["count"], np.array(s["mean"]), np.array(s["std"]), s["mean_norm"])
+        return found
+
+    def verify(self) -> None:
+        """Read every chunk whole. Raises UserError naming the first that is missing, cut, altered or misshapen."""
+        for chunk in range(len(self.manifest.chunks)):
+            self.verify_chunk(chunk)
+
+    def verify_chunk(self, chunk: int) -> None:
+        """One chunk's share of `verify`."""
+        record = self.manifest.chunks[chunk]
+        path = files.join(self.path, record.file)
+        size = chunkfile.size(path)
+        if size is None:
+            raise UserError(f"{path}: the chunk is missing")
+        if size != record.bytes:
+            raise UserError(f"{path}: cut or altered: {size} bytes where the manifest says {record.bytes}")
+        if record.checksum is None:
+            self._verify_unsigned(files.local(path), record)
+        elif chunkfile.checksum(path) != record.checksum:
+            raise UserError(f"{path}: altered: its checksum is not the manifest's; generate this chunk again")
+
+    def _verify_unsigned(self, path: str, record: ChunkRecord) -> None:
+        with chunkfile.open_hdf5(path) as file:
+            for site, width in self.manifest.sites.items():
+                dataset = chunkfile.check_dataset(file, path, site, (record.rows, width), self.dtype)
+                _read_through(dataset, path)
+
+
+def _read_through(dataset: h5py.Dataset, path: str) -> None:
+    step = dataset.chunks[0] if dataset.chunks else 16384
+    try:
+        for start in range(0, dataset.shape[0], step):
+            dataset[start : start + step]
+    except OSError as error:
+        raise UserError(f"{path}: {dataset.name} cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,244 @@
+"""Writing a store, so that an interrupted job goes on where it was and never mixes two settings.
+
+identity.json         every setting that decides the content; a rerun with another one is refused
+text/chunk_{i}.npz    token windows and the (window, position) of each row;  text/plan.json: all of them are there
+chunk_{i}.hdf5        activations;  moments/chunk_{i}.npz;  records/chunk_{i}.json last: the chunk is complete
+manifest.json         last of all: the store is complete.  Beside it statistics.json, and what crosslayer-coding
+                      reads: index.bin, metadata.json, norm_stats.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from xlc_ray import files
+from xlc_ray.activations import chunkfile
+from xlc_ray.activations.foreign import INDEX_RECORD, read_required
+from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
+from xlc_ray.activations.text import ChunkText, Windows
+from xlc_ray.config import Config, UserError
+
+_BLOCK = 2048  # rows that are float64 at a time
+
+
+def identity(config: Config, widths: Mapping[str, int], held_out: bool) -> dict[str, Any]:
+    """Every setting that decides what a store holds. `widths`: {site: width}; `held_out`: which share of the text."""
+    make = config.generate
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": config.model.model_dump(mode="json", exclude={"trust_remote_code"}),
+        "text": config.text.model_dump(mode="json", exclude={"streaming"}),
+        "held_out": held_out,
+        "sites": dict(widths),
+        "dtype": make.dtype,
+        "seed": config.seed,
+        "tokens": make.held_out_tokens if held_out else make.tokens,
+        "chunk_tokens": make.chunk_tokens,
+        "documents_per_task": make.documents_per_task,
+    }
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """A hash of an identity."""
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def begin(path: str, identity: Mapping[str, Any]) -> None:
+    """Claim a directory for this content. Raises UserError where it holds, or was begun with, another."""
+    name = files.join(path, "identity.json")
+    if files.exists(name):
+        there, asked = _flat(read_required(name)), _flat(identity)
+        for key in sorted(there.keys() | asked.keys()):
+            if there.get(key) != asked.get(key):
+                was, now = there.get(key), asked.get(key)
+                raise UserError(f"{path}: was made with {key} = {was!r}, not {now!r}; choose another path or remove it")
+        return
+    if any(files.exists(files.join(path, other)) for other in ("manifest.json", "index.bin")):
+        raise UserError(f"{path}: holds activations of another origin; choose another path")
+    files.makedirs(path)
+    files.write_json(name, dict(identity))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def write_text(path: str, chunk: ChunkText) -> None:
+    """Write the text of one chunk."""
+    buffer = io.BytesIO()
+    windows = chunk.windows
+    arrays = {
+        "tokens": windows.tokens,
+        "length": windows.length,
+        "window": chunk.row_window,
+        "position": chunk.row_position,
+    }
+    np.savez_compressed(buffer, **arrays)
+    files.write_bytes(_text_file(path, chunk.index), buffer.getvalue())
+
+
+def read_text(path: str, index: int) -> ChunkText:
+    """The text of one chunk. Raises UserError where the store has none."""
+    name = _text_file(path, index)
+    try:
+        raw = files.read_bytes(name)
+    except FileNotFoundError:
+        raise UserError(f"{name}: missing; this store does not know the text of its rows") from None
+    with np.load(io.BytesIO(raw)) as found:
+        return ChunkText(index, Windows(found["tokens"], found["length"]), found["window"], found["position"])
+
+
+def _text_file(path: str, index: int) -> str:
+    return files.join(path, "text", f"chunk_{index}.npz")
+
+
+def write_plan(path: str, rows: Sequence[int]) -> None:
+    """Say that the text of all chunks is written, and how many rows each has."""
+    files.write_json(files.join(path, "text", "plan.json"), {"rows": list(rows)})
+
+
+def read_plan(path: str) -> list[int] | None:
+    """Rows of each chunk; None until `write_plan`."""
+    name = files.join(path, "text", "plan.json")
+    return read_required(name)["rows"] if files.exists(name) else None
+
+
+def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: str) -> ChunkRecord:
+    """Write the activations of one chunk: {site: [rows, width]} in the stored form of `dtype`, in row order.
+
+    Raises UserError on activations that are not finite.
+    """
+    moments = {site: moments_of(array, dtype) for site, array in arrays.items()}
+    for site, found in moments.items():
+        if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
+            raise UserError(f"{path}: chunk {index}: {site} has values that are not finite; try model.dtype float32")
+    record = chunkfile.write(path, index, arrays)
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, **{f"{site}/{key}": value for site, found in moments.items() for key, value in vars(found).items()}
+    )
+    files.write_bytes(_moments_file(path, index), buffer.getvalue())
+    files.write_json(_record_file(path, index), record.model_dump())
+    return record
+
+
+def moments_of(array: np.ndarray, dtype: str) -> Moments:
+    """Moments of what is stored (not of what was rounded to it)."""
+    total: Moments | None = None
+    for start in range(0, len(array), _BLOCK):
+        # Values that are not finite are the caller's to report; numpy need not warn of them.
+        with np.errstate(invalid="ignore", over="ignore"):
+            block = Moments.of(chunkfile.decode(array[start : start + _BLOCK], dtype).numpy().astype(np.float64))
+            total = total.merge(block) if total else block
+    assert total is not None, "a chunk has rows"
+    return total
+
+
+def _record_file(path: str, index: int) -> str:
+    return files.join(path, "records", f"chunk_{index}.json")
+
+
+def _moments_file(path: str, index: int) -> str:
+    return files.join(path, "moments", f"chunk_{index}.npz")
+
+
+def missing_chunks(path: str, n: int) -> list[int]:
+    """Which of chunks 0 … n-1 are not complete: no record, or a file of another size than it says."""
+    recorded = set(files.listdir(files.join(path, "records")))
+    found = []
+    for index in range(n):
+        if f"chunk_{index}.json" in recorded:
+            record = _read_record(path, index)
+            if chunkfile.size(files.join(path, record.file)) == record.bytes:
+                continue
+        found.append(index)
+    return found
+
+
+def _read_record(path: str, index: int) -> ChunkRecord:
+    return ChunkRecord.model_validate(read_required(_record_file(path, index)))
+
+
+def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
+    """Merge the chunks' records into the manifest and statistics. Raises UserError unless every chunk is there."""
+    plan = read_plan(path)
+    if plan is None:
+        raise UserError(f"{path}: its text is not complete; generate again")
+    if missing := missing_chunks(path, len(plan)):
+        names = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
+        raise UserError(f"{path}: {len(missing)} of {len(plan)} chunks are missing ({names}); generate again")
+    chunks = tuple(_read_record(path, index) for index in range(len(plan)))
+    assert [chunk.rows for chunk in chunks] == plan, "chunks hold the rows that were planned"
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        sites=dict(identity["sites"]),
+        dtype=identity["dtype"],
+        chunks=chunks,
+        tokens=sum(plan),
+        model=identity["model"]["name"],
+        fingerprint=fingerprint(identity),
+        identity=dict(identity),
+    )
+    moments = _merged_moments(path, manifest)
+    _write_statistics(path, moments)
+    _write_crosslayer_coding(path, manifest, moments)
+    for name in files.listdir(path):
+        if name.startswith(chunkfile.PARTIAL):  # of writers that were killed
+            files.remove(files.join(path, name))
+    files.write_bytes(files.join(path, "manifest.json"), manifest.model_dump_json().encode())
+    return manifest
+
+
+def _merged_moments(path: str, manifest: Manifest) -> dict[str, Moments]:
+    total: dict[str, Moments] = {}
+    for chunk in manifest.chunks:
+        with np.load(io.BytesIO(files.read_bytes(_moments_file(path, chunk.index)))) as found:
+            for site in manifest.sites:
+                count, mean, m2, norm_sum = (found[f"{site}/{key}"] for key in ("count", "mean", "m2", "norm_sum"))
+                here = Moments(int(count), mean, m2, float(norm_sum))
+                total[site] = total[site].merge(here) if site in total else here
+    return total
+
+
+def _write_statistics(path: str, moments: Mapping[str, Moments]) -> None:
+    found = {site: vars(m.statistics()) for site, m in moments.items()}
+    tree = {site: s | {"mean": s["mean"].tolist(), "std": s["std"].tolist()} for site, s in found.items()}
+    files.write_bytes(files.join(path, "statistics.json"), json.dumps(tree).encode())
+
+
+def _write_crosslayer_coding(path: str, manifest: Manifest, moments: Mapping[str, Moments]) -> None:
+    """index.bin, norm_stats.json and metadata.json, by which crosslayer-coding reads the MLP sites."""
+    rows = np.array([chunk.rows for chunk in manifest.chunks], dtype=np.int64)
+    index = np.zeros(len(rows), INDEX_RECORD)
+    index["chunk_id"], index["num_tokens"], index["offset"] = np.arange(len(rows)), rows, np.cumsum(rows) - rows
+    files.write_bytes(files.join(path, "index.bin"), index.tobytes())
+    stats: dict[str, dict[str, Any]] = {}
+    for site, found in moments.items():
+        kind, layer = site.split(".")
+        if end := {"mlp_in": "inputs", "mlp_out": "targets"}.get(kind):
+            s = found.statistics()
+            stats.setdefault(layer, {})[end] = {"mean": s.mean.tolist(), "std": s.std.tolist()}
+    files.write_bytes(files.join(path, "norm_stats.json"), json.dumps(stats).encode())
+    settings = manifest.identity
+    metadata = {
+        "model_name": manifest.model,
+        "dataset": settings["text"]["dataset"],
+        "split": settings["text"]["split"],
+        "num_layers": len(stats),
+        "d_model": next(iter(manifest.sites.values())),
+        "dtype": manifest.dtype,
+        "total_tokens": manifest.tokens,
+        "chunk_tokens": settings["chunk_tokens"],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    files.write_json(files.join(path, "metadata.json"), metadata)

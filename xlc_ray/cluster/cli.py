@@ -1,0 +1,144 @@
+"""The command line of every job: one YAML, and any setting of it replaced by its dotted path."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from xlc_ray.config import Config, UserError, load_config
+
+USAGE = "usage: python {job} --config FILE.yaml [--path.of.setting=value …]"
+
+
+def parse(argv: list[str]) -> Config:
+    """Settings from `--config FILE` and overrides `--train.lr=3e-4`, `--dictionary.gate='{kind: jumprelu}'`.
+
+    Values are YAML. Raises UserError, one line, on anything else.
+    """
+    config, overrides = None, {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name == "--":
+            raise UserError(f"{word}: expected --config FILE or --path.of.setting=value")
+        if not equals and name == "--config":
+            value = next(words, "")
+        elif not equals:
+            raise UserError(f"{name}: needs a value: {name}=VALUE")
+        if name == "--config":
+            config = value
+        else:
+            overrides[name[2:]] = parse_value(name, value)
+    if not config:
+        raise UserError("--config: missing; name the YAML file of the run, e.g. --config configs/quickstart.yaml")
+    return load_config(config, overrides)
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A value as YAML, in which 3e-4 is a number (YAML 1.1 takes it for a word). Raises UserError naming the option."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: {text!r} is not YAML: {' '.join(str(error).split())}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with numbers like 3e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def run(main: Callable[[Config], object], about: str | None) -> NoReturn:
+    """Parse the command line, run `main(config)`, exit: 0, or 2 after a user's mistake, or 130 when interrupted.
+
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
+        print(help_text(argv, about))
+        sys.exit(0)
+    try:
+        main(parse(argv))
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was written so far is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, RayError, TrainingFailedError) as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError that an exception is or was raised from, in another process too: Ray wraps what workers raise."""
+    seen: set[int] = set()
+    todo: list[BaseException] = [error]
+    while todo:
+        link = todo.pop()
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        if type(link) is UserError:
+            return link
+        inner = [link.__cause__, *(getattr(link, name, None) for name in ("cause", "controller_failure"))]
+        inner += getattr(link, "worker_failures", {}).values()
+        todo += [e for e in inner if isinstance(e, BaseException)]
+    return None
+
+
+def help_text(argv: list[str], about: str | None) -> str:
+    """What the job does and which sections there are; after `--help SECTION` (or --help=SECTION) its settings."""
+    words = [word.removeprefix("--help=") for word in argv if word not in ("--help", "-h")]
+    section = next((word for word in words if not word.startswith("-")), None)
+    lines = [(about or "").strip(), "", USAGE.format(job=sys.argv[0]), ""]
+    field = Config.model_fields.get(section or "")
+    if field is None:
+        lines += ["Settings (details: --help SECTION):"]
+        lines += [f"  {name:<12}{f.description}" for name, f in Config.model_fields.items()]
+        lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
+    else:
+        lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]
+    return "\n".join(lines).strip()
+
+
+def _settings(path: str, annotation: Any) -> Iterator[str]:
+    """One line a setting below a section; the kinds of a tagged union one after another."""
+    for model in _models(annotation):
+        for name, field in model.model_fields.items():
+            here = f"{path}.{name}"
+            if name == "kind" and isinstance(field.default, str):
+                yield f"  --{here}={field.default}"
+            elif inner := list(_models(field.annotation)):
+                optional = (
+                    "" if field.is_required() or type(None) not in get_args(field.annotation) else " (default null)"
+                )
+                yield f"  --{here}{optional}: {field.description}"
+                yield from _settings(here, field.annotation) if inner else ()
+            else:
+                yield f"  --{here} ({_default(field.default)}): {field.description}"
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return "null" if value is None else str(value)

@@ -1,0 +1,98 @@
+"""Ray Data feeding one training replica: the batches of `activations.source.batches`, read ahead in other processes.
+
+A read task yields the replica's rows of a few consecutive windows of the stream, a block a window. The executor lives
+in an actor beside the trainer (`streaming_split`), so that neither scheduling nor reading takes the trainer's time.
+Readers take no CPU of Ray's count: training workers that took them all could otherwise never be fed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data.extensions import ArrowTensorArray
+
+from xlc_ray.activations.order import Order
+from xlc_ray.activations.source import read_window, rebatch, replica_rows, windows_of
+from xlc_ray.activations.store import Store, stored_dtype
+from xlc_ray.cluster.blocks import Tasks, data_context
+
+READERS = 2
+"""Tasks that read at once, for each replica."""
+TASK_WINDOWS = 8
+"""Windows of a task: one a task spends a third of the time on Ray's bookkeeping."""
+PIPELINE_TASKS = 1024
+"""Tasks of a pipeline: each costs about 4 ms before the first batch. A longer stream is several pipelines."""
+PREFETCH = 2
+"""Windows held ready for the trainer."""
+
+Block = dict[str, np.ndarray]
+
+
+def replica_batches(
+    store: Store,
+    order: Order,
+    sites: Sequence[str],
+    batch_rows: int,
+    start_batch: int,
+    stop_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A replica's share of global batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}.
+
+    Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
+    Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
+    """
+    share = functools.partial(
+        replica_rows,
+        batch_rows=batch_rows,
+        start_batch=start_batch,
+        stop_batch=stop_batch,
+        replica=replica,
+        replicas=replicas,
+    )
+    windows = windows_of(order, batch_rows, start_batch, stop_batch)
+    row_bytes = sum(store.manifest.sites[site] for site in sites) * stored_dtype(store.dtype).itemsize
+    window_bytes = order.epoch_rows * row_bytes // (order.epoch_windows * replicas)
+    source = ray.put((store, order))
+    reads = [
+        functools.partial(_read, [source], windows[i : i + TASK_WINDOWS], tuple(sites), share)
+        for i in range(0, len(windows), TASK_WINDOWS)
+    ]
+    return rebatch(_blocks(reads, window_bytes), batch_rows // replicas, store.dtype)
+
+
+def _blocks(reads: Sequence[functools.partial[Iterator[pa.Table]]], window_bytes: int) -> Iterator[Block]:
+    for i in range(0, len(reads), PIPELINE_TASKS):
+        tasks = Tasks("activations", reads[i : i + PIPELINE_TASKS], window_bytes * TASK_WINDOWS)
+        # A task's blocks are joined up to the target: less than a window leaves every window a block of its own.
+        with ray.data.DataContext.current(data_context(max(1, window_bytes * 3 // 4))):
+            dataset = ray.data.read_datasource(
+                tasks, override_num_blocks=len(tasks.reads), num_cpus=0, concurrency=READERS
+            )
+            (blocks,) = dataset.streaming_split(1)
+        yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
+
+
+def _read(
+    source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], share: functools.partial[np.ndarray]
+) -> Iterator[pa.Table]:
+    store, order = _source(source[0])
+    for w in windows:
+        window = order.window(w)
+        rows = share(window)
+        if len(rows):
+            found = read_window(store, window, rows, sites)
+            yield pa.table({site: ArrowTensorArray.from_numpy(values) for site, values in found.items()})
+
+
+@functools.lru_cache(maxsize=2)
+def _source(source: ray.ObjectRef) -> tuple[Store, Order]:
+    """The store and the order, unpickled once a process."""
+    return ray.get(source)

@@ -1,0 +1,153 @@
+"""Generation: text → token windows → the model's activations → a store of chunk files, by two Ray Data pipelines.
+
+1. Tokenise until both splits have their tokens; write which windows and rows each chunk holds: the plan (plan.py).
+2. For each chunk that is missing: one of a pool of language-model actors harvests it, a task writes it.
+
+The plan fixes everything: a rerun makes only what is missing, and neither interruptions nor the number of actors change
+the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from xlc_ray import files
+from xlc_ray.activations import store
+from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
+from xlc_ray.cluster import plan
+from xlc_ray.cluster.blocks import data_context
+from xlc_ray.cluster.session import available, connect, require, resolve
+from xlc_ray.config import Cluster, Config
+from xlc_ray.progress import Progress
+
+WRITERS = 2
+"""Chunks written at once. Writers take no CPU of Ray's count: beside actors that took all they could never start."""
+
+Chunk = tuple[bool, int]
+"""(held out?, index)."""
+
+
+def generate(config: Config) -> dict[str, Any]:
+    """Make the activations that `config` asks for, or what is still missing of them, at `source.path`.
+
+    Returns `path`, `sites`, `tokens`, `held_out_tokens`, `bytes`, `chunks`, and of what was made now: `made` (chunks),
+    `seconds`, `tokens_per_s`. Raises UserError where settings, model or text do not allow it, or the path holds
+    activations made with other settings.
+    """
+    connect()
+    config = resolve(config)
+    paths = {False: config.source.path, True: files.join(config.source.path, "held_out")}
+    widths = plan.site_widths(config)
+    identities = plan.identities(config, widths)
+    for held_out, path in paths.items():
+        plan.claim(path, identities[held_out])
+    if any(store.read_plan(path) is None for path in paths.values()):
+        require(1, 0, "tokenising")
+        plan.make_plan(config, paths)
+    rows = {held_out: store.read_plan(path) or [] for held_out, path in paths.items()}
+    todo = [(held_out, i) for held_out, path in paths.items() for i in store.missing_chunks(path, len(rows[held_out]))]
+    started = time.monotonic()
+    if todo:
+        _make_chunks(config, list(widths), paths, rows, todo)
+    seconds = time.monotonic() - started
+    unfinished = [held_out for held_out, path in paths.items() if not files.exists(files.join(path, "manifest.json"))]
+    for held_out in {*unfinished, *(held_out for held_out, _ in todo)}:
+        store.finish(paths[held_out], identities[held_out])
+    made_tokens = sum(rows[held_out][i] for held_out, i in todo)
+    return _summary(paths, widths) | {
+        "made": len(todo),
+        "seconds": seconds,
+        "tokens_per_s": made_tokens / seconds if todo else 0.0,
+    }
+
+
+def _summary(paths: dict[bool, str], widths: dict[str, int]) -> dict[str, Any]:
+    manifests = {held_out: store.open_store(path).manifest for held_out, path in paths.items()}
+    return {
+        "path": paths[False],
+        "sites": list(widths),
+        "tokens": manifests[False].tokens,
+        "held_out_tokens": manifests[True].tokens,
+        "bytes": sum(chunk.bytes for manifest in manifests.values() for chunk in manifest.chunks),
+        "chunks": sum(len(manifest.chunks) for manifest in manifests.values()),
+    }
+
+
+def _make_chunks(
+    config: Config, sites: list[str], paths: dict[bool, str], rows: dict[bool, list[int]], todo: list[Chunk]
+) -> None:
+    total = sum(map(len, rows.values()))
+    missing = set(todo)
+    done = total - len(missing)
+    tokens = sum(n for held_out, counts in rows.items() for i, n in enumerate(counts) if (held_out, i) not in missing)
+    with Progress("generate", "chunks", total, done, tokens) as progress:
+        for held_out, index in _harvest(config, sites, paths, todo):
+            done, tokens = done + 1, tokens + rows[held_out][index]
+            progress.update(done, tokens)
+
+
+def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: list[Chunk]) -> Iterator[Chunk]:
+    """Make chunks; yields each when it is complete on disk. Ray restarts an actor that dies and redoes its chunk."""
+    cluster = config.cluster
+    require(cluster.cpus_per_model, cluster.gpus_per_model, "a language model")
+    items = [{"held_out": held_out, "index": index} for held_out, index in todo]
+    with ray.data.DataContext.current(data_context(None)):  # a chunk is a block, whole
+        chunks = ray.data.from_items(items, override_num_blocks=len(items))
+        harvested = chunks.map_batches(
+            Harvester,
+            fn_constructor_args=(config, sites, paths),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=_pool_size(cluster, len(todo)), max_tasks_in_flight_per_actor=2),
+            num_cpus=cluster.cpus_per_model,
+            num_gpus=cluster.gpus_per_model,
+        )
+        written = harvested.map_batches(
+            _write,
+            fn_kwargs={"paths": paths, "dtype": config.generate.dtype},
+            batch_size=None,
+            num_cpus=0,
+            compute=TaskPoolStrategy(WRITERS),
+        )
+    for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from zip(batch["held_out"].tolist(), batch["index"].tolist(), strict=True)
+
+
+def _pool_size(cluster: Cluster, chunks: int) -> int:
+    """Actors that find room now, at most `model_actors`: those that wait would only hold up other work."""
+    room = [int(available("CPU") / cluster.cpus_per_model + 1e-9)]
+    if cluster.gpus_per_model:
+        room.append(int(available("GPU") / cluster.gpus_per_model + 1e-9))
+    return max(1, min(cluster.model_actors, chunks, *room))
+
+
+class Harvester:
+    """A language model in an actor. It is loaded by the first call, whose errors reach the user as they are."""
+
+    def __init__(self, config: Config, sites: list[str], paths: dict[bool, str]) -> None:
+        self._config, self._sites, self._paths = config, sites, paths
+        self._model: LanguageModel | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One chunk: columns `held_out` and `index` (the same in every row), and one of [rows, width] a site."""
+        if self._model is None:
+            cluster = self._config.cluster
+            torch.set_num_threads(max(1, int(cluster.cpus_per_model)))  # Ray allows workers one thread
+            self._model = LanguageModel(self._config.model, "cuda" if cluster.gpus_per_model else "cpu")
+        held_out, index = bool(batch["held_out"].item()), int(batch["index"].item())
+        chunk = store.read_text(self._paths[held_out], index)
+        make = self._config.generate
+        found = harvest_chunk(self._model, chunk, self._sites, make.batch_windows, make.dtype)
+        return {"held_out": np.full(chunk.rows, held_out), "index": np.full(chunk.rows, index), **found}
+
+
+def _write(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, list[Any]]:
+    held_out, index = bool(batch.pop("held_out")[0]), int(batch.pop("index")[0])
+    store.write_chunk(paths[held_out], index, batch, dtype)
+    return {"held_out": [held_out], "index": [index]}

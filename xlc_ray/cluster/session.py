@@ -1,0 +1,115 @@
+"""Joining or starting a Ray cluster, and where its jobs put their files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+import ray.data
+
+from xlc_ray.config import Config, UserError
+from xlc_ray.files import local
+
+JOB_FILES = "runtime_resources"
+"""Ray unpacks a job's working directory below a folder of this name, and deletes it after the job."""
+
+
+def connect() -> None:
+    """Join the cluster that `ray start`, RAY_ADDRESS or `ray job submit` names, else start one here; once a process.
+
+    Workers' output stays in Ray's logs: what a user should see is said by the driver. The dashboard stays on: without
+    it Ray Train leaks its placement groups.
+    """
+    _quieten()
+    if ray.is_initialized():
+        return
+    # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=True)
+
+
+def _quieten() -> None:
+    """No banners and progress bars of Ray Data on the console; its warnings stay, and its log files are whole."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+            handler.addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # The first is what we asked for; the second precedes an exception that we raise or report ourselves.
+    return not record.getMessage().startswith(("Progress bars disabled", "Exception occurred in user code"))
+
+
+def require(cpus: float, gpus: float, what: str) -> None:
+    """Check that the cluster can hold what a stage needs at once, because Ray would wait for it in silence.
+
+    Raises UserError with what there is.
+    """
+    have = ray.cluster_resources()
+    for kind, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > have.get(kind, 0.0) + 1e-9:
+            raise UserError(
+                f"cluster: {what} needs {need:g} {kind}s at once, the cluster has {have.get(kind, 0.0):g}; "
+                "lower the settings under cluster, or add nodes"
+            )
+
+
+def available(kind: str) -> float:
+    """CPUs or GPUs of the cluster that nobody holds now."""
+    return ray.available_resources().get(kind, 0.0)
+
+
+def resolve(config: Config) -> Config:
+    """The same settings with absolute local paths, because workers run in other directories; URLs stay as they are.
+
+    `model.name` and `text.dataset` are seen from the working directory and left alone where nothing is there (a name on
+    the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working directory, or, in a Ray job
+    that runs in a temporary copy of it, to ~/xlc_ray.
+    """
+    changes = {}
+    for path, name in (("model.name", config.model.name), ("text.dataset", config.text.dataset)):
+        if _exists_here(name):
+            changes[path] = os.path.abspath(local(name))
+    root = output_root()
+    for path, name in (("source.path", config.source.path), ("out", config.out)):
+        if "://" not in name or name.startswith("file://"):
+            changes[path] = str(root / Path(local(name)).expanduser())
+    resolved = config.override(changes)
+    if "XLC_ROOT" not in os.environ and _in_job_copy(Path.cwd()) and not _all_absolute(config):
+        print(f"job runs in a temporary copy: out is {resolved.out}, source.path is {resolved.source.path}", flush=True)
+    return resolved
+
+
+def output_root() -> Path:
+    """Absolute directory that relative `out` and `source.path` start from."""
+    if root := os.environ.get("XLC_ROOT"):
+        return Path(root).expanduser().absolute()
+    return Path.home() / "xlc_ray" if _in_job_copy(Path.cwd()) else Path.cwd()
+
+
+def _in_job_copy(directory: Path) -> bool:
+    return JOB_FILES in directory.parts
+
+
+def _all_absolute(config: Config) -> bool:
+    return all("://" in p or Path(p).expanduser().is_absolute() for p in (config.out, config.source.path))
+
+
+def _exists_here(name: str) -> bool:
+    """Whether a local file or directory has this name, or, for a glob, whether its directory exists."""
+    if "://" in name and not name.startswith("file://"):
+        return False
+    path = Path(local(name))
+    fixed = path
+    while any(c in str(fixed) for c in "*?["):
+        fixed = fixed.parent
+    return path.exists() or (fixed != path and fixed.exists())

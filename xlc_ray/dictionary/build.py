@@ -1,0 +1,87 @@
+"""Settings → Dictionary: the one place where the mathematics meets the configuration."""
+
+from __future__ import annotations
+
+from xlc_ray.config import UserError
+from xlc_ray.config import dictionary as settings
+from xlc_ray.dictionary import gates, wiring
+from xlc_ray.dictionary.dictionary import Dictionary
+from xlc_ray.dictionary.normalization import affine
+from xlc_ray.dictionary.shards import Shards
+from xlc_ray.dictionary.wiring import Wiring
+
+
+def make_wiring(config: settings.Wiring, num_layers: int, width: int) -> Wiring:
+    """The wiring for a model with so many layers of this width. Raises UserError on a layer that the model lacks."""
+    layers = range(num_layers) if config.layers == "all" else config.layers
+    if beyond := [n for n in layers if n >= num_layers]:
+        raise UserError(f"dictionary.wiring.layers: the model has no layer {beyond[0]}; allowed: 0 to {num_layers - 1}")
+    if len(set(layers)) != len(layers) or list(layers) != sorted(layers):
+        raise UserError(f"dictionary.wiring.layers: {list(layers)} must rise without repeats")
+    match config:
+        case settings.SaeWiring(site=site):
+            return wiring.sae([f"{site}.{n}" for n in layers], width)
+        case settings.TranscoderWiring(skip=skip):
+            return wiring.transcoders(layers, width, skip)
+        case settings.CltWiring():
+            return wiring.clt(layers, width)
+        case settings.CrosscoderWiring(site=site, causality=causality):
+            return wiring.crosscoder([f"{site}.{n}" for n in layers], width, causality)
+
+
+def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.Gate:
+    """The gate for groups of these sizes (on this rank)."""
+    match config:
+        case settings.ReluGate():
+            return gates.ReLU(sizes, shards)
+        case settings.JumpReluGate(threshold=threshold, bandwidth=bandwidth, parameterisation=kind):
+            return gates.JumpReLU(sizes, shards, threshold, bandwidth, kind == "log")
+        case settings.TopKGate() | settings.BatchTopKGate():
+            return gates.TopK(
+                sizes,
+                shards,
+                config.k,
+                over_batch=config.kind == "batchtopk",
+                over_groups=config.pool == "all" and len(sizes) > 1,
+                by_norm=config.rank_by == "decoder_norm",
+                start=config.threshold_start,
+                decay=config.threshold_decay,
+            )
+
+
+def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards) -> Dictionary:
+    """This rank's slice of a fresh dictionary in training form; the same seed gives the same whole at any world size.
+
+    Raises UserError where a rank would hold no feature or more features are asked for than there are."""
+    sizes = [config.features] * wires.groups
+    for g, n in enumerate(sizes):
+        if (shards.size - 1) * -(-n // shards.size) >= n:
+            raise UserError(
+                f"cluster.tensor_parallel: {shards.size} ranks cannot share the {n} features of group {g}: one would hold none"
+            )
+    k = getattr(config.gate, "k", 0)
+    if k > sum(sizes):
+        raise UserError(f"dictionary.gate.k: {k} exceeds the {sum(sizes)} features of all groups")
+    local = [hi - lo for lo, hi in map(shards.bounds, sizes)]
+    dictionary = Dictionary(wires, sizes, make_gate(config.gate, local, shards), shards, config.products)
+    for g, group in enumerate(dictionary.groups):
+        tied = config.tie_encoder_init and wires.reads[g] == wires.writes[g]
+        norm = 1.0 if config.unit_norm else config.decoder_norm
+        group.initialise(seed, g, shards.bounds(sizes[g])[0], norm, tied)
+    return dictionary
+
+
+def normalize_by(dictionary: Dictionary, config: settings.Normalization, kind: str, stats) -> None:
+    """Set the dictionary's scale and centre of each site from the store's statistics."""
+    wires = dictionary.wiring
+    center = config.center
+    if config.kind == "mean_norm" and center:
+        raise UserError("dictionary.normalization.center: mean_norm is not centred; use rms or mean_std")
+    if center is None:
+        center = kind in ("clt", "transcoder") and config.kind in ("rms", "mean_std")
+    if config.kind == "mean_std":
+        center = True
+    for prefix, sites in (("read", wires.read_sites), ("write", wires.written_sites)):
+        mean, scale = affine(config.kind, center, sites, wires.widths, stats)
+        getattr(dictionary, f"{prefix}_mean").copy_(mean)
+        getattr(dictionary, f"{prefix}_scale").copy_(scale)

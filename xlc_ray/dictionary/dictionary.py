@@ -1,0 +1,277 @@
+"""The dictionary: groups of features, wired to sites, made sparse by a gate.
+
+    x, y      normalised activations of the sites read [B, R] and written [B, W], side by side
+    pre_g     = x_g W_enc_gᵀ + b_enc_g                       x_g: the columns that group g reads
+    f         = gate(pre)
+    ŷ         = Σ_g f_g W_dec_g (in the columns group g writes) + b_dec (+ x_g W_skip_gᵀ)
+
+Shapes: B tokens, F features of a group on this rank, R / W summed width of sites read / written, d (or _, where sites of
+several widths stand in one mapping) the width of one site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary.gates import Gate, within
+from xlc_ray.dictionary.shards import Pool, Shards
+from xlc_ray.dictionary.sparse import Support, encode_at, worth_it
+from xlc_ray.dictionary.wiring import Spans, Wiring
+
+INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
+
+
+class FeatureGroup(nn.Module):
+    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites."""
+
+    def __init__(self, features: int, read_width: int, write_width: int):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.empty(features, read_width))
+        self.b_enc = nn.Parameter(torch.zeros(features))
+        self.W_dec = nn.Parameter(torch.empty(features, write_width))
+
+    @torch.no_grad()
+    def initialise(self, seed: int, g: int, first: int, decoder_norm: float, tied: bool) -> None:
+        """Random decoder rows of one norm; encoder rows a copy of them (`tied`) or random of norm 1.
+
+        Row i depends on (seed, g, i) alone, not on how features are split over ranks."""
+        features, width = self.W_dec.shape
+        for block in range(first // INIT_BLOCK, -(-(first + features) // INIT_BLOCK)):
+            stream = int(np.random.SeedSequence([seed, g, block]).generate_state(1, np.uint64)[0] >> 1)
+            generator = torch.Generator().manual_seed(stream)
+            rows = torch.randn(INIT_BLOCK, width + self.W_enc.shape[1], generator=generator, dtype=torch.float32)
+            lo, hi = max(first, block * INIT_BLOCK), min(first + features, (block + 1) * INIT_BLOCK)
+            rows = rows[lo - block * INIT_BLOCK : hi - block * INIT_BLOCK]
+            decoder = nnf.normalize(rows[:, :width], dim=1) * decoder_norm
+            self.W_dec[lo - first : hi - first] = decoder
+            self.W_enc[lo - first : hi - first] = decoder if tied else nnf.normalize(rows[:, width:], dim=1)
+
+    def norms(self) -> Float[Tensor, "F"]:
+        """n_i: norm of each feature's whole decoder row. Its gradient at a zero row is zero."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+
+@dataclass(frozen=True)
+class DeadFeatures:
+    """`masks[g]` [F]: this rank's dead features; `totals[g]`: how many there are on all ranks; `k`: at most so many are used."""
+
+    masks: list[Bool[Tensor, "F"]]
+    totals: list[int]
+    k: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What encoding a batch gives: features, the pre-activations [B, F] they came from (with gradient), decoder norms
+    where they were asked for, and the dead features' own activations for AuxK."""
+
+    features: list[Features]
+    pre: list[Tensor]
+    norms: list[Tensor] | None
+    revived: list[Features] | None
+
+
+class Dictionary(nn.Module):
+    """A sparse dictionary. `sizes[g]`: features of group g over all ranks."""
+
+    def __init__(self, wiring: Wiring, sizes: list[int], gate: Gate, shards: Shards, products: str):
+        super().__init__()
+        self.wiring, self.sizes, self.gate, self.shards, self.products = wiring, sizes, gate, shards, products
+        self.matmul_dtype: torch.dtype | None = None  # bfloat16: dense products under autocast
+        self.groups = nn.ModuleList(
+            FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.width(wiring.writes[g]))
+            for g, (lo, hi) in enumerate(shards.bounds(n) for n in sizes)
+        )
+        read, written = wiring.width(wiring.read_sites), wiring.width(wiring.written_sites)
+        self.b_dec = nn.Parameter(torch.zeros(written))
+        self.W_skip = nn.ParameterList(
+            nn.Parameter(torch.zeros(wiring.width(w), wiring.width(r)))
+            for r, w in zip(wiring.reads, wiring.writes, strict=True)
+            if wiring.skip
+        )
+        self.register_buffer("read_mean", torch.zeros(read))
+        self.register_buffer("read_scale", torch.ones(read))
+        self.register_buffer("write_mean", torch.zeros(written))
+        self.register_buffer("write_scale", torch.ones(written))
+        self._reads = [wiring.read_spans(g) for g in range(wiring.groups)]
+        self._writes = [wiring.write_spans(g) for g in range(wiring.groups)]
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether a parameter (by its name) is split over the ranks of a replica by its first dimension."""
+        return name.startswith(("groups.", "gate."))
+
+    # ------------------------------------------------------------ units
+
+    def normalize_inputs(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> Float[Tensor, "B R"]:
+        """x: the sites read, side by side, in the dictionary's units."""
+        return (_join(activations, self.wiring.read_sites, self.b_dec) - self.read_mean) / self.read_scale
+
+    def normalize_targets(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> Float[Tensor, "B W"]:
+        """y: the sites written, side by side, in the dictionary's units."""
+        return (_join(activations, self.wiring.written_sites, self.b_dec) - self.write_mean) / self.write_scale
+
+    def denormalize(self, y: Float[Tensor, "B W"]) -> dict[str, Float[Tensor, "B _"]]:
+        """Written sites in the model's own units."""
+        raw = y * self.write_scale + self.write_mean
+        return {site: raw[:, cols] for site, cols in self.wiring.columns(self.wiring.written_sites).items()}
+
+    # ------------------------------------------------------------ encode, decode
+
+    def encode(self, x: Float[Tensor, "B R"]) -> list[Features]:
+        """Features of each group."""
+        return self.analyse(x).features
+
+    def analyse(self, x: Float[Tensor, "B R"], dead: DeadFeatures | None = None, norms: bool = False) -> Encoding:
+        """Features, and what the loss needs besides. One small collective at most."""
+        wanted = norms or self.gate.needs_norms
+        lengths = [group.norms() for group in self.groups] if wanted else None
+        pre = {g: self._preactivations(g, x) for g in range(self.wiring.groups)}
+        values = {g: p.detach() for g, p in pre.items()}
+        scale = {g: n.detach() for g, n in enumerate(lengths)} if lengths else {}
+        contests = self.gate.pools(values, scale)
+        revival = _revival_pools(values, dead) if dead else {}
+        limits = self.shards.kth_largest(contests + list(revival.values())) if contests or revival else []
+        masks = self.gate.support(values, scale, limits[: len(contests)])
+        features = [self._features(g, x, pre[g], masks[g]) for g in pre]
+        revived = None
+        if dead:
+            allowed = dict(zip(revival, limits[len(contests) :], strict=True))
+            revived = [self._revive(g, x, values[g], dead.masks[g], allowed.get(g)) for g in pre]
+        return Encoding(features, list(pre.values()), lengths, revived)
+
+    def decode(self, features: list[Features], x: Float[Tensor, "B R"]) -> Float[Tensor, "B W"]:
+        """ŷ in the dictionary's units. `x` is used by skip connections only."""
+        return self.decode_all([features], x)[0]
+
+    def decode_all(self, codes: list[list[Features]], x: Float[Tensor, "B R"]) -> list[Float[Tensor, "B W"]]:
+        """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only."""
+        parts = [self._partial(code) for code in codes]
+        whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
+        first = whole[0] + self.b_dec
+        if self.wiring.skip:
+            linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+            first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
+        return [first, *whole[1:]]
+
+    def reconstruct(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> dict[str, Float[Tensor, "B _"]]:
+        """Written sites from read ones, both in the model's own units."""
+        x = self.normalize_inputs(activations)
+        return self.denormalize(self.decode(self.encode(x), x))
+
+    # ------------------------------------------------------------ one group, one site (replacement model)
+
+    def encode_group(self, g: int, activations: Mapping[str, Float[Tensor, "B _"]]) -> Features:
+        """Features of one group from its own read sites alone, in inference form (whole dictionaries only)."""
+        assert not self.training
+        sites = self.wiring.reads[g]
+        columns = self.wiring.columns(self.wiring.read_sites)
+        raw = _join(activations, sites, self.b_dec)
+        mean, scale = (torch.cat([v[columns[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
+        group = self.groups[g]
+        pre = nnf.linear((raw - mean) / scale, group.W_enc, group.b_enc)
+        values = {g: pre.detach()}
+        norms = {g: group.norms().detach()} if self.gate.needs_norms else {}
+        limits = self.shards.kth_largest(self.gate.pools(values, norms))
+        mask = self.gate.support(values, norms, limits)[g]
+        return Features(self.gate.activate(pre, g, None).where(mask, 0), pre)
+
+    def decode_site(
+        self, site: str, features: Mapping[int, Features], activations: Mapping[str, Float[Tensor, "B _"]]
+    ) -> Float[Tensor, "B d"]:
+        """One written site in the model's own units, from the groups that write it. `activations`: for skip connections."""
+        here = self.wiring.columns(self.wiring.written_sites)[site]
+        out = self.b_dec[here]
+        for g, sites in enumerate(self.wiring.writes):
+            if site not in sites:
+                continue
+            own = self.wiring.columns(sites)[site]
+            out = out + features[g].decode(self.groups[g].W_dec[:, own])
+            if self.wiring.skip:
+                read = self.wiring.columns(self.wiring.read_sites)[self.wiring.reads[g][0]]
+                raw = _join(activations, self.wiring.reads[g], self.b_dec)
+                out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g])
+        return out * self.write_scale[here] + self.write_mean[here]
+
+    # ------------------------------------------------------------ inside
+
+    def _reduced_precision(self) -> torch.autocast:
+        dtype = self.matmul_dtype or torch.bfloat16
+        return torch.autocast(self.b_dec.device.type, dtype, enabled=self.matmul_dtype is not None)
+
+    def _preactivations(self, g: int, x: Tensor) -> Tensor:
+        group = self.groups[g]
+        with self._reduced_precision():
+            return nnf.linear(_columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
+
+    def _features(self, g: int, x: Tensor, pre: Tensor, mask: Tensor) -> Features:
+        sparse = self.products == "sparse"
+        if self.products == "auto":
+            sparse = worth_it(int(mask.sum()), mask.numel(), mask.device)
+        if not sparse:
+            return Features(self.gate.activate(pre, g, None).where(mask, 0), pre)
+        support = Support.of(mask)
+        entries = self._encode_at(g, x, support, pre.detach())
+        return Features(self.gate.activate(entries, g, support.feature), entries, support)
+
+    def _encode_at(self, g: int, x: Tensor, support: Support, pre: Tensor) -> Tensor:
+        group = self.groups[g]
+        values = pre.flatten()[support.entry]
+        return encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, values)
+
+    def _revive(self, g: int, x: Tensor, pre: Tensor, dead: Tensor, limit) -> Features:
+        """Activations max(pre, 0) of dead features, within the limit if there is one."""
+        mask = torch.zeros_like(pre, dtype=torch.bool)
+        rivals = pre[:, dead]
+        mask[:, dead] = rivals > 0 if limit is None else within(rivals, limit)
+        support = Support.of(mask)
+        entries = self._encode_at(g, x, support, pre)
+        return Features(entries, entries, support)
+
+    def _partial(self, features: list[Features]) -> Tensor:
+        with self._reduced_precision():
+            outs = [f.decode(group.W_dec) for f, group in zip(features, self.groups, strict=True)]
+        return _AddColumns.apply(self.b_dec.shape[0], self._writes, *outs)
+
+
+def _revival_pools(pre: dict[int, Tensor], dead: DeadFeatures) -> dict[int, Pool]:
+    """Groups with more dead features than may be used choose the largest: every rank knows which groups those are."""
+    return {g: Pool(p[:, dead.masks[g]], dead.k) for g, p in pre.items() if dead.totals[g] > dead.k}
+
+
+def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor) -> Tensor:
+    return torch.cat([activations[s].to(like.dtype) for s in sites], dim=1)
+
+
+def _columns(x: Tensor, spans: Spans) -> Tensor:
+    return x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, s] for s in spans], dim=1)
+
+
+class _AddColumns(torch.autograd.Function):
+    """Sum of parts, each in its own columns of a [B, width] matrix. Backward only slices: nothing is copied."""
+
+    @staticmethod
+    def forward(ctx, width, spans, *parts):
+        ctx.spans = spans
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        out = torch.zeros(parts[0].shape[0], width, dtype=dtype, device=parts[0].device)
+        for own, part in zip(spans, parts, strict=True):
+            start = 0
+            for span in own:
+                size = span.stop - span.start
+                out[:, span] += part[:, start : start + size]
+                start += size
+        ctx.dtypes = [p.dtype for p in parts]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = (_columns(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
+        return None, None, *parts

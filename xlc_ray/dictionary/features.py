@@ -1,0 +1,60 @@
+"""Features: what encoding gives, one of these a group. Dense, or its entries on a support; the mathematics never cares.
+
+`values` are activations f, `pre` the pre-activations they came from: [B, F] where dense, [n] on the support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xlc_ray.dictionary import sparse
+from xlc_ray.dictionary.sparse import Support
+
+
+@dataclass(frozen=True)
+class Features:
+    """Sparse features of B tokens in one group (of this rank's slice of it)."""
+
+    values: Tensor
+    pre: Tensor
+    support: Support | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens, features."""
+        return self.support.shape if self.support else (self.values.shape[0], self.values.shape[1])
+
+    def dense(self) -> Float[Tensor, "B F"]:
+        """f as a matrix."""
+        return self.support.dense(self.values) if self.support else self.values
+
+    def decode(self, W_dec: Float[Tensor, "F W"]) -> Float[Tensor, "B W"]:
+        """f W_dec."""
+        if self.support:
+            return sparse.decode(self.values, self.support, W_dec)
+        return self.values @ W_dec
+
+    def total(self, term: Callable[..., Tensor], *per_feature: Float[Tensor, "F"]) -> Float[Tensor, ""]:
+        """Σ term(f, pre, *per_feature) over tokens and features; the term must vanish outside the support."""
+        if self.support:
+            per_feature = tuple(p[self.support.feature] for p in per_feature)
+        return term(self.values, self.pre, *per_feature).sum()
+
+    def l0(self) -> Int[Tensor, "B"]:
+        """Active features of each token."""
+        active = self.values != 0
+        if self.support:
+            return active.new_zeros(self.shape[0], dtype=torch.int64).index_add(0, self.support.token, active.long())
+        return active.sum(dim=1)
+
+    def count(self) -> Int[Tensor, "F"]:
+        """Tokens on which each feature is active."""
+        active = self.values != 0
+        if self.support:
+            return active.new_zeros(self.shape[1], dtype=torch.int64).index_add(0, self.support.feature, active.long())
+        return active.sum(dim=0)

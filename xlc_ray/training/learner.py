@@ -1,0 +1,252 @@
+"""One optimizer step of one rank: the same for one process and for replicas × shards.
+
+encode, decode (one all-reduce), losses, backward           for each micro-batch
+mean of gradients over replicas                             one collective, with replicas only
+global gradient norm and counts of dead features            one small sum, with shards only
+clip, Adam, unit norm, thresholds, dead-feature counters
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from xlc_ray.config import Config
+from xlc_ray.dictionary import checkpoint, losses
+from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
+from xlc_ray.training.schedules import factor
+
+Batch = Mapping[str, Tensor]
+
+
+class Diverged(RuntimeError):
+    """The gradient is not finite: training cannot go on."""
+
+
+class Learner:
+    """A dictionary with its optimizer, dead-feature counters and step number."""
+
+    def __init__(self, dictionary: Dictionary, config: Config):
+        self.dictionary, self.config, self.shards = dictionary, config, dictionary.shards
+        train = config.train
+        if train.precision == "float64":
+            dictionary.double()
+        dictionary.matmul_dtype = torch.bfloat16 if train.precision == "bfloat16" else None
+        self.device = dictionary.b_dec.device
+        self.parameters = dict(dictionary.named_parameters())
+        options = {"lr": train.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
+        kind = torch.optim.AdamW if train.optimizer.kind == "adamw" else torch.optim.Adam
+        self.optimizer = kind(
+            self.parameters.values(), weight_decay=train.optimizer.weight_decay, fused=True, **options
+        )
+        self.silent = [torch.zeros_like(g.b_enc, dtype=torch.int64) for g in dictionary.groups]
+        self.dead_totals = [0] * len(self.silent)
+        self.step = 0
+        widths = [dictionary.wiring.widths[s] for s in dictionary.wiring.written_sites]
+        per_dim = train.loss.scale == "per_dim"
+        self.weights = losses.site_weights(widths, True).to(dictionary.b_dec) if per_dim else None
+        self.auxk = train.loss.auxk.k or max(1, max(widths) // 2) if train.loss.auxk else 0
+
+    # ------------------------------------------------------------ a step
+
+    def train_step(self, batch: Batch, measure: bool) -> dict[str, Tensor | float] | None:
+        """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
+        self.dictionary.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.config.train.accumulate
+        rows = next(iter(batch.values())).shape[0]
+        fired = [torch.zeros_like(s, dtype=torch.bool) for s in self.silent]
+        metrics: dict[str, Tensor | float] = {}
+        for i in range(parts):
+            cut = slice(rows * i // parts, rows * (i + 1) // parts)
+            micro = {site: values[cut] for site, values in batch.items()}
+            metrics = self._micro_step(micro, fired, measure, metrics)
+        self._mean_over_replicas(fired)
+        self._count_silence(fired, rows * self.shards.replicas)
+        norm = self._finish_gradients()
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"step {self.step + 1}: the gradient norm is {norm}; lower train.lr or check the activations"
+            )
+        self._update()
+        if not measure:
+            return None
+        return self._shared(metrics) | {"grad_norm": norm, "lr": self.lr(self.step - 1)}
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step (from 0)."""
+        return self.config.train.lr * factor(self.config.train.lr_schedule, step, self.config.train.steps)
+
+    def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
+        parts, d = self.config.train.accumulate, self.dictionary
+        x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
+        code = d.analyse(x, self._dead(), self._needs_norms())
+        y_hat, *error_hat = d.decode_all([code.features] + ([code.revived] if code.revived else []), x)
+        terms = self._terms(code, y_hat, y, error_hat)
+        weighted = sum(weight * term for weight, term, _ in terms.values())
+        (weighted / parts).backward()
+        with torch.no_grad():
+            for f, features in zip(fired, code.features, strict=True):
+                f |= features.count() > 0
+            if not measure:
+                return metrics
+            now = self._measure(code, terms, y_hat, y)
+            return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
+
+    def _terms(self, code: Encoding, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]):
+        """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
+        loss, d, share = self.config.train.loss, self.dictionary, self.step
+        terms = {"reconstruction": (1.0, losses.reconstruction(y_hat, y, self.weights), False)}
+        if (s := loss.sparsity) is not None:
+            weight = s.coefficient * factor(s.schedule, share, self.config.train.steps)
+            norms = code.norms if s.decoder_norm else None
+            if s.kind == "l0" and s.target_l0:
+                term = losses.l0_to_target(code.features, d.gate, s.target_l0, self.shards)
+            elif s.kind == "l0":
+                term = losses.l0(code.features, d.gate)
+            elif s.kind == "tanh":
+                term = losses.tanh(code.features, norms, s.c)
+            else:
+                term = losses.l1(code.features, norms)
+            terms["sparsity"] = (weight, term, s.target_l0 is None)
+        if loss.preactivation:
+            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, code.norms), True)
+        if error_hat:
+            dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
+            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(error_hat[0], y - y_hat, self.weights), False)
+        return terms
+
+    def _needs_norms(self) -> bool:
+        loss = self.config.train.loss
+        by_norm = loss.sparsity is not None and loss.sparsity.kind != "l0" and loss.sparsity.decoder_norm
+        return by_norm or loss.preactivation > 0
+
+    def _dead(self) -> DeadFeatures | None:
+        if not self.auxk or not sum(self.dead_totals):
+            return None
+        return DeadFeatures(self._dead_masks(), self.dead_totals, self.auxk)
+
+    def _dead_masks(self) -> list[Tensor]:
+        return [s >= self.config.train.dead_after_tokens for s in self.silent]
+
+    # ------------------------------------------------------------ after backward
+
+    def _mean_over_replicas(self, fired: list[Tensor]) -> None:
+        """Gradients become their mean over replicas, `fired` the union: one collective."""
+        if self.shards.replica_group is None:
+            return
+        grads = [p.grad for p in self.parameters.values()]
+        pieces = grads + [f.to(grads[0].dtype) for f in fired]
+        flat = torch.cat([p.flatten() for p in pieces])
+        self.shards.mean_over_replicas_(flat)
+        parts = flat.split([p.numel() for p in pieces])
+        for grad, part in zip(grads, parts, strict=False):
+            grad.copy_(part.view_as(grad))
+        for f, part in zip(fired, parts[len(grads) :], strict=True):
+            f.copy_(part > 0)
+
+    def _count_silence(self, fired: list[Tensor], tokens: int) -> None:
+        for silent, f in zip(self.silent, fired, strict=True):
+            silent.add_(tokens).masked_fill_(f, 0)
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> float:
+        """Project for unit norm, share norms and dead counts, clip. Returns the global norm before clipping."""
+        if self.config.dictionary.unit_norm:
+            for group in self.dictionary.groups:
+                along = (group.W_dec.grad * group.W_dec).sum(dim=1, keepdim=True)
+                group.W_dec.grad -= along * group.W_dec
+        own, common = [], []
+        for name, p in self.parameters.items():
+            (own if self.dictionary.is_sharded(name) else common).append(p.grad)
+        dead = [mask.sum() for mask in self._dead_masks()]
+        shared = torch.stack([_square(own), *dead]).double()
+        square, *totals = self.shards.total(shared).tolist()
+        self.dead_totals = [int(n) for n in totals]
+        norm = math.sqrt(square + (_square(common).item() if common else 0.0))
+        limit = self.config.train.clip_norm
+        if limit is not None and norm > limit:
+            torch._foreach_mul_(own + common, limit / norm)
+        return norm
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.lr(self.step)
+        self.optimizer.step()
+        if self.config.dictionary.unit_norm:
+            for group in self.dictionary.groups:
+                group.W_dec /= group.norms().unsqueeze(1).clamp(min=1e-12)
+        self.step += 1
+        self.dictionary.gate.finish_step(self.step)
+
+    # ------------------------------------------------------------ metrics
+
+    def _measure(self, code: Encoding, terms, y_hat: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """This rank's metrics: those whose name begins with '+' are parts of a sum over ranks."""
+        found = {}
+        for name, (weight, term, partial) in terms.items():
+            found[("+" if partial else "") + name] = term.detach()
+            found[("+" if partial else "") + f"weighted/{name}"] = weight * term.detach()
+        error, spread = (y - y_hat).square().sum(), (y - y.mean(dim=0)).square().sum()
+        found["explained_variance"] = 1 - error / spread
+        for g, f in enumerate(code.features):
+            found[f"+l0/group_{g}"] = f.l0().double().mean()
+        return found
+
+    def _shared(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Summed over ranks where they are parts, averaged over replicas, completed."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in metrics.values()])
+        partial = torch.tensor([k.startswith("+") for k in metrics], device=self.device)
+        values = torch.where(partial, self.shards.total(values * partial), values)
+        self.shards.mean_over_replicas_(values)
+        named = {k.lstrip("+"): v for k, v in zip(metrics, values.tolist(), strict=True)}
+        weighted = [named.pop(k) for k in list(named) if k.startswith("weighted/")]
+        dead = sum(self.dead_totals) / sum(self.dictionary.sizes)
+        l0 = sum(v for k, v in named.items() if k.startswith("l0/"))
+        return {"loss": sum(weighted), **named, "l0": l0, "dead_features": dead}
+
+    # ------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that resuming needs, each described as a part of the whole."""
+        d = self.dictionary
+        tensors = checkpoint.dictionary_tensors(d)
+        for name, p in self.parameters.items():
+            moments = self.optimizer.state[p]
+            if not moments:
+                moments |= {"step": torch.zeros((), device=self.device)}
+                moments |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in moments.items():
+                split = d.is_sharded(name) and key != "step"
+                features = d.sizes[checkpoint.group_of(name)] if split else 0
+                tensors[f"optimizer.{name}.{key}"] = (
+                    checkpoint.sharded(value, features, self.shards) if split else value
+                )
+        for g, silent in enumerate(self.silent):
+            tensors[f"silent_tokens.{g}"] = checkpoint.sharded(silent, d.sizes[g], self.shards)
+        return tensors
+
+    def save(self, run_dir: str) -> None:
+        """Write a checkpoint of this step (all ranks)."""
+        facts = {
+            "tokens": self.step * self.config.train.batch_tokens,
+            "wiring": checkpoint.describe(self.dictionary.wiring),
+        }
+        checkpoint.save(run_dir, self.step, self.state(), facts, self.config.train.keep)
+
+    def resume(self, run_dir: str, step: int) -> None:
+        """Go back to a checkpoint, written by any number of ranks (all ranks)."""
+        checkpoint.load(run_dir, step, self.state())
+        self.step = step
+        dead = torch.stack([mask.sum() for mask in self._dead_masks()])
+        self.dead_totals = [int(n) for n in self.shards.total(dead).tolist()]
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    """Σ of squares over tensors."""
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return norms.double().square().sum()

@@ -1,0 +1,64 @@
+"""Where a run's metrics go: metrics.jsonl (appended), the console, and wandb if asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from xlc_ray import files
+from xlc_ray.config import Config, UserError
+
+FILE = "metrics.jsonl"
+
+
+class Log:
+    """The metrics of one run, written by one rank."""
+
+    def __init__(self, config: Config):
+        self.path = files.join(config.out, FILE)
+        self.run = _start_wandb(config) if config.train.wandb else None
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics."""
+        files.append(self.path, json.dumps(metrics) + "\n")
+        if self.run:
+            self.run.log(metrics, step=metrics["step"])
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        if self.run:
+            self.run.finish()
+
+
+def read(run_dir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order of steps. Where a resumed run passed a step again, the later line counts."""
+    path = files.join(run_dir, FILE)
+    if not files.exists(path):
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for text in files.read_bytes(path).decode().splitlines():
+        line = json.loads(text)
+        lines = {step: old for step, old in lines.items() if step < line["step"]} | {line["step"]: line}
+    return list(lines.values())
+
+
+def _start_wandb(config: Config):
+    settings = config.train.wandb
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "train.wandb: the package wandb is missing; pip install 'xlc-ray[wandb]' or set it to null"
+        ) from None
+    directory = "." if files.is_url(config.out) else files.local(config.out)
+    name = config.out.rstrip("/").rsplit("/", 1)[-1]
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        mode=settings.mode,
+        dir=directory,
+        name=name,
+        id=f"{name}-{config.seed}",
+        resume="allow",
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,188 @@
+"""One rank's training, from a store of activations to checkpoints. Without a cluster it is the whole job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlc_ray import files
+from xlc_ray.activations import order, sites, source, store
+from xlc_ray.config import Config, UserError, load_config_text
+from xlc_ray.dictionary import Shards, Wiring, checkpoint
+from xlc_ray.dictionary.build import build, make_wiring, normalize_by
+from xlc_ray.training.calibration import start_bias
+from xlc_ray.training.feed import shared
+from xlc_ray.training.learner import Learner
+from xlc_ray.training.logs import Log
+
+Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
+"""(wiring, first step) → this replica's share of each global batch from that step to the last."""
+
+FREE = (
+    "out",
+    "cluster",
+    "evaluate",
+    "generate",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.wandb",
+)
+"""Settings that may differ when a run goes on; all others decide its result."""
+
+
+def wiring_for(config: Config, data: store.Store) -> Wiring:
+    """The wiring over the sites of a store. Raises UserError on sites that the store lacks."""
+    have = data.manifest.sites
+    layers = 1 + max(sites.parse(site)[1] for site in have)
+    wiring = make_wiring(config.dictionary.wiring, layers, next(iter(have.values())))
+    if missing := [s for s in wiring.sites if s not in have]:
+        raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
+    return wiring
+
+
+def order_for(config: Config, data: store.Store) -> order.Order:
+    """The order of a store's rows in this run."""
+    return order.Order(data.chunk_rows, config.seed, config.source.slice_rows, config.source.window_slices)
+
+
+def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
+    """A reader without a cluster."""
+
+    def read(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
+        train = config.train
+        rows = order_for(config, data)
+        return source.batches(
+            data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
+        )
+
+    return read
+
+
+def prepare(config: Config) -> int | None:
+    """Make the run directory and write config.yaml, or find the run to go on with: its newest step, or None.
+
+    Raises UserError where the directory cannot be written or holds another run."""
+    path = files.join(config.out, "config.yaml")
+    try:
+        found = checkpoint.steps(config.out)
+        if found:
+            before = load_config_text(files.read_bytes(path), path)
+            if changed := _differences(before, config):
+                raise UserError(
+                    f"{config.out}: holds a run with other settings ({changed[0]}: {changed[1]!r}, now {changed[2]!r}); "
+                    "choose another --out"
+                )
+        else:
+            files.remove(files.join(config.out, "metrics.jsonl"))
+        files.write_bytes(path, config.yaml().encode())
+    except OSError as error:
+        raise UserError(f"out: {config.out} cannot be written: {error.strerror or error}") from None
+    return found[-1] if found else None
+
+
+def _differences(before: Config, now: Config) -> tuple[str, Any, Any] | None:
+    def flat(tree: Any, path: str) -> dict[str, Any]:
+        if path in FREE:
+            return {}
+        if not isinstance(tree, dict):
+            return {path: tree}
+        return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{path}.{key}".lstrip(".")).items()}
+
+    old, new = flat(before.model_dump(mode="json"), ""), flat(now.model_dump(mode="json"), "")
+    changed = [(path, old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)]
+    return changed[0] if changed else None
+
+
+@dataclass
+class Clock:
+    """Tokens per second, and the share of time spent waiting for data, since the last look."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    tokens: int = 0
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last call."""
+        now = time.perf_counter()
+        passed = max(now - self.started, 1e-9)
+        rates = {"tokens_per_s": self.tokens / passed, "data_wait": self.waited / passed}
+        self.started, self.waited, self.tokens = now, 0.0, 0
+        return rates
+
+
+def train_rank(
+    config: Config,
+    data: store.Store,
+    shards: Shards,
+    reader: Reader,
+    device: torch.device,
+    announce: Callable[[dict[str, Any]], None],
+    saved: Callable[[int, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train to the last step, from the newest checkpoint if there is one. Returns the last metrics.
+
+    Every rank calls `announce` with each line of metrics, and `saved` with the step and the newest metrics when a
+    checkpoint is complete.
+    """
+    wiring = wiring_for(config, data)
+    dictionary = build(config.dictionary, wiring, config.seed, shards)
+    normalize_by(dictionary, config.dictionary.normalization, config.dictionary.wiring.kind, data.statistics())
+    learner = Learner(dictionary.to(device), config)
+    found = checkpoint.steps(config.out)
+    if found:
+        learner.resume(config.out, found[-1])
+    elif config.dictionary.bias_init != "zeros":
+        rows = min(config.train.calibration_tokens, sum(data.chunk_rows))
+        sample = next(source.batches(data, order_for(config, data), wiring.sites, rows, 0, 1))
+        y = dictionary.normalize_targets({site: v.to(device) for site, v in sample.items()})
+        start_bias(dictionary, y, config.dictionary.bias_init)
+    leader = shards.rank == 0 and shards.replica == 0
+    log = Log(config) if leader else None
+    try:
+        return _steps(config, learner, data, reader, device, log, announce, saved)
+    finally:
+        if log:
+            log.close()
+
+
+def _steps(
+    config: Config, learner: Learner, data: store.Store, reader: Reader, device, log: Log | None, announce, saved
+) -> dict[str, Any]:
+    train, shards, wiring = config.train, learner.shards, learner.dictionary.wiring
+    first, rows = learner.step, train.batch_tokens // learner.shards.replicas
+    widths = {site: wiring.widths[site] for site in wiring.sites}
+    dtype = getattr(torch, data.dtype)
+    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards)
+    clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
+    while learner.step < train.steps:
+        asked = time.perf_counter()
+        batch = {site: values.to(device, non_blocking=True) for site, values in next(batches).items()}
+        clock.waited += time.perf_counter() - asked
+        last = learner.step + 1 == train.steps
+        measure = last or learner.step == first or (learner.step + 1) % train.log_every == 0
+        found = learner.train_step(batch, measure)
+        clock.tokens += train.batch_tokens
+        if found is not None:
+            metrics = {"step": learner.step, "tokens": learner.step * train.batch_tokens, **found, **clock.read()}
+            if log:
+                log.write(metrics)
+            announce(metrics)
+        if last or learner.step % train.checkpoint_every == 0:
+            learner.save(config.out)
+            saved(learner.step, metrics)
+    return metrics
+
+
+def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """The whole training job in this process: no cluster, one rank. For small runs, tests and debuggers."""
+    prepare(config)
+    data, shards = store.open_store(config.source.path), Shards()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = in_process(config, data, shards)
+    return train_rank(config, data, shards, reader, device, announce, lambda step, metrics: None)
