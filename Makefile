@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
-CONFIG ?= configs/quickstart.yaml
 
 .PHONY: help install demo test test-slow check format schema clean
 
@@ -25,9 +24,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: install
-	$(BIN)/python jobs/generate.py --config $(CONFIG)
-	$(BIN)/python jobs/train.py --config $(CONFIG)
-	$(BIN)/python jobs/evaluate.py --config $(CONFIG)
+	$(BIN)/python jobs/generate.py --config configs/quickstart.yaml
+	$(BIN)/python jobs/train.py --config configs/quickstart.yaml
+	$(BIN)/python jobs/evaluate.py --run runs/quickstart
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -ra

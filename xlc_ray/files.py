@@ -26,6 +26,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts])
 
 
+def name(path: str) -> str:
+    """The last part of a path or URL."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path, and the path within it."""
     return fsspec.core.url_to_fs(path)

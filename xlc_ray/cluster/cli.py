@@ -15,7 +15,8 @@ from ray.train import TrainingFailedError
 
 from xlc_ray.config import Config, UserError, load_config
 
-USAGE = "usage: python {job} --config FILE.yaml [--path.of.setting=value …]"
+USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
+NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
 
 
 def parse(argv: list[str]) -> Config:
@@ -23,23 +24,28 @@ def parse(argv: list[str]) -> Config:
 
     Values are YAML. Raises UserError, one line, on anything else.
     """
-    config, overrides = None, {}
+    return load_config(*words_of(argv, "--config"))
+
+
+def words_of(argv: list[str], option: str) -> tuple[str, dict[str, Any]]:
+    """The value of the one option that a job needs, and the overrides. Raises UserError, one line, on anything else."""
+    needed, overrides = None, {}
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
         if not name.startswith("--") or name == "--":
-            raise UserError(f"{word}: expected --config FILE or --path.of.setting=value")
-        if not equals and name == "--config":
+            raise UserError(f"{word}: expected {option} {NEEDED[option].split(',')[0]} or --path.of.setting=value")
+        if not equals and name == option:
             value = next(words, "")
         elif not equals:
             raise UserError(f"{name}: needs a value: {name}=VALUE")
-        if name == "--config":
-            config = value
+        if name == option:
+            needed = value
         else:
             overrides[name[2:]] = parse_value(name, value)
-    if not config:
-        raise UserError("--config: missing; name the YAML file of the run, e.g. --config configs/quickstart.yaml")
-    return load_config(config, overrides)
+    if not needed:
+        raise UserError(f"{option}: missing; give {option} {NEEDED[option]}")
+    return needed, overrides
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -60,16 +66,24 @@ _Loader.add_implicit_resolver(
 
 
 def run(main: Callable[[Config], object], about: str | None) -> NoReturn:
-    """Parse the command line, run `main(config)`, exit: 0, or 2 after a user's mistake, or 130 when interrupted.
+    """Parse the command line of a job that takes `--config FILE`, run `main(config)` and exit."""
+    _run(lambda argv: main(parse(argv)), about, "--config")
 
-    Anything else is a defect of ours and keeps its traceback.
-    """
+
+def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> NoReturn:
+    """Likewise for a job that takes `--run DIR`: `main(run_dir, overrides)`."""
+    _run(lambda argv: main(*words_of(argv, "--run")), about, "--run")
+
+
+def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
+    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted. Anything else is a defect of ours and keeps its
+    traceback."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
-        print(help_text(argv, about))
+        print(help_text(argv, about, option))
         sys.exit(0)
     try:
-        main(parse(argv))
+        main(argv)
     except KeyboardInterrupt:
         print("\ninterrupted: what was written so far is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -99,11 +113,16 @@ def find_user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def help_text(argv: list[str], about: str | None) -> str:
+def help_text(argv: list[str], about: str | None, option: str) -> str:
     """What the job does and which sections there are; after `--help SECTION` (or --help=SECTION) its settings."""
     words = [word.removeprefix("--help=") for word in argv if word not in ("--help", "-h")]
     section = next((word for word in words if not word.startswith("-")), None)
-    lines = [(about or "").strip(), "", USAGE.format(job=sys.argv[0]), ""]
+    lines = [
+        (about or "").strip(),
+        "",
+        USAGE.format(job=sys.argv[0], option=f"{option} {NEEDED[option].split(',')[0]}"),
+        "",
+    ]
     field = Config.model_fields.get(section or "")
     if field is None:
         lines += ["Settings (details: --help SECTION):"]

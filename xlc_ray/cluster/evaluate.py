@@ -9,7 +9,7 @@ import torch
 
 from xlc_ray import evaluation, files
 from xlc_ray.activations.store import open_store
-from xlc_ray.cluster.session import connect, require
+from xlc_ray.cluster.session import connect, require, run_path
 from xlc_ray.config import Config
 from xlc_ray.dictionary.checkpoint import load_dictionary
 from xlc_ray.evaluation.report import write_report
@@ -23,6 +23,7 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
     path. Raises UserError where there is no checkpoint or the held-out activations do not fit it.
     """
     connect()
+    run_dir = run_path(run_dir)
     config = load_dictionary(run_dir)[1].override(changes or {})
     cluster = config.cluster
     require(cluster.cpus_per_model, cluster.gpus_per_model, "evaluation")

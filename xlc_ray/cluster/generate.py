@@ -41,7 +41,6 @@ def generate(config: Config) -> dict[str, Any]:
     `seconds`, `tokens_per_s`. Raises UserError where settings, model or text do not allow it, or the path holds
     activations made with other settings.
     """
-    connect()
     config = resolve(config)
     paths = {False: config.source.path, True: files.join(config.source.path, "held_out")}
     widths = plan.site_widths(config)
@@ -49,7 +48,6 @@ def generate(config: Config) -> dict[str, Any]:
     for held_out, path in paths.items():
         plan.claim(path, identities[held_out])
     if any(store.read_plan(path) is None for path in paths.values()):
-        require(1, 0, "tokenising")
         plan.make_plan(config, paths)
     rows = {held_out: store.read_plan(path) or [] for held_out, path in paths.items()}
     todo = [(held_out, i) for held_out, path in paths.items() for i in store.missing_chunks(path, len(rows[held_out]))]
@@ -57,9 +55,9 @@ def generate(config: Config) -> dict[str, Any]:
     if todo:
         _make_chunks(config, list(widths), paths, rows, todo)
     seconds = time.monotonic() - started
-    unfinished = [held_out for held_out, path in paths.items() if not files.exists(files.join(path, "manifest.json"))]
-    for held_out in {*unfinished, *(held_out for held_out, _ in todo)}:
-        store.finish(paths[held_out], identities[held_out])
+    for held_out, path in paths.items():
+        if any(split == held_out for split, _ in todo) or not files.exists(files.join(path, "manifest.json")):
+            store.finish(path, identities[held_out])
     made_tokens = sum(rows[held_out][i] for held_out, i in todo)
     return _summary(paths, widths) | {
         "made": len(todo),
@@ -95,6 +93,7 @@ def _make_chunks(
 
 def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: list[Chunk]) -> Iterator[Chunk]:
     """Make chunks; yields each when it is complete on disk. Ray restarts an actor that dies and redoes its chunk."""
+    connect()
     cluster = config.cluster
     require(cluster.cpus_per_model, cluster.gpus_per_model, "a language model")
     items = [{"held_out": held_out, "index": index} for held_out, index in todo]
@@ -113,7 +112,7 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
             fn_kwargs={"paths": paths, "dtype": config.generate.dtype},
             batch_size=None,
             num_cpus=0,
-            compute=TaskPoolStrategy(WRITERS),
+            compute=TaskPoolStrategy(min(WRITERS, len(items))),
         )
     for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
         yield from zip(batch["held_out"].tolist(), batch["index"].tolist(), strict=True)

@@ -15,6 +15,7 @@ from xlc_ray import files
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations import store
 from xlc_ray.activations.text import ChunkText, chunk_plan, load_documents, load_tokenizer
+from xlc_ray.cluster.session import connect, require
 from xlc_ray.cluster.tokenize import by_split, tokenized
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary.build import make_wiring
@@ -82,6 +83,8 @@ def make_plan(config: Config, paths: dict[bool, str]) -> None:
     if not 0 < fraction < 1:
         raise UserError(f"text.held_out_fraction: {fraction:g} leaves one split without documents; give 0 < f < 1")
     load_documents(config.text)  # errors now, not in a worker
+    connect()
+    require(1, 0, "tokenising")
     for path in paths.values():
         files.remove(files.join(path, "text"))  # of a plan that was not finished
     make = config.generate

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -28,9 +32,29 @@ def connect() -> None:
     # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should.
+    # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should …
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=True)
+    with _hushed():  # … and remarks on being told not to.
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=True)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what this process writes to stderr, C++ included, from the console; show it if there is an exception."""
+    sys.stderr.flush()
+    console = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(console, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(console, 2)
+            os.close(console)
 
 
 def _quieten() -> None:
@@ -87,6 +111,14 @@ def resolve(config: Config) -> Config:
     if "XLC_ROOT" not in os.environ and _in_job_copy(Path.cwd()) and not _all_absolute(config):
         print(f"job runs in a temporary copy: out is {resolved.out}, source.path is {resolved.source.path}", flush=True)
     return resolved
+
+
+def run_path(run_dir: str) -> str:
+    """An existing run directory, absolute: seen from the working directory, else from where jobs put relative ones."""
+    if "://" in run_dir and not run_dir.startswith("file://"):
+        return run_dir
+    path = Path(local(run_dir)).expanduser()
+    return str(path.absolute() if path.exists() else output_root() / path)
 
 
 def output_root() -> Path:

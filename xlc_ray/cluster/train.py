@@ -11,7 +11,6 @@ import torch
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import Tensor
 
 from xlc_ray import files
@@ -74,7 +73,7 @@ def _fit(config: Config) -> None:
                 num_workers=cluster.tensor_parallel * cluster.replicas, use_gpu=gpus, resources_per_worker=resources
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(name="ray_train", storage_path=config.out),
+            run_config=RunConfig(name=files.name(config.out), storage_path=files.join(config.out, "ray_train")),
         )
         try:
             trainer.fit()
@@ -84,7 +83,14 @@ def _fit(config: Config) -> None:
                 raise UserError(str(mistake)) from None
             if not left or "Diverged" in str(error):
                 raise
-            print(f"train: a worker failed; going on from the last checkpoint ({left} restarts left)", flush=True)
+            print(f"train: {_reason(error)}; going on from the last checkpoint ({left} restarts left)", flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """One line on why workers failed."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    lines = str(failures[0] if failures else error).strip().splitlines()
+    return f"a worker failed ({lines[-1].strip()[:200]})"
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -95,7 +101,7 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     shards = Shards.of_world(config.cluster.tensor_parallel, device.type)
     data = open_store(config.source.path)
-    gauges = Gauges(config.out.rstrip("/").rsplit("/", 1)[-1])
+    gauges = Gauges(files.name(config.out))
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
@@ -104,12 +110,9 @@ def _worker(settings: dict[str, Any]) -> None:
         return replica_batches(data, rows, wiring.sites, train.batch_tokens, first, train.steps, *where)
 
     def saved(step: int, metrics: dict[str, Any]) -> None:
-        path = files.join(config.out, "checkpoints", f"step_{step}")
-        ray.train.report(
-            metrics | {"step": step},
-            checkpoint=ray.train.Checkpoint(path) if leader else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        # Ray Train hears of checkpoints only: each report waits for the controller's next poll. The checkpoint itself
+        # is ours, so that any number of ranks can read it, with or without Ray.
+        ray.train.report(metrics | {"step": step})
 
     loop.train_rank(config, data, shards, reader, device, gauges.set if leader else lambda _: None, saved)
 

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Drawn in these colours, then renamed to the page's variables, so that one drawing suits a light and a dark page.
 INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -44,6 +44,8 @@ _STYLE = {
     "text.color": INK,
 }
 _MOST_LABELLED_BARS = 12
+_ERRORS = ("loss", "reconstruction")
+"""What falls by orders of magnitude is drawn on a logarithmic axis."""
 
 
 def curves(lines: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], columns: int, label: str) -> str:
@@ -54,6 +56,7 @@ def curves(lines: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], c
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 2.35 * rows), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (key, title) in zip(grid, panels, strict=False):
             points = [(line["tokens"], line[key]) for line in lines if _number(line.get(key))]
@@ -84,6 +87,7 @@ def bars(panels: Sequence[tuple[str, Sequence[str], Sequence[float | None], str]
             axes.margins(y=0.14)
             axes.axhline(0, color=MUTED, linewidth=0.7)
             axes.yaxis.set_major_locator(MaxNLocator(4))
+            _from_zero(axes, heights, title)
         return _svg(figure, label)
 
 
@@ -110,15 +114,25 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], title: str, key: s
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=ACCENT, marker="o" if len(points) == 1 else None, markersize=4)
     axes.set_title(title)
-    if min(ys) > 0 and max(ys) > 20 * min(ys) and key not in ("lr", "l0"):
+    if key in _ERRORS and min(ys) > 0 and max(ys) > 10 * min(ys):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        if min(ys) >= 0:
-            axes.set_ylim(bottom=0, top=None if max(ys) > 0 else 1)
+        _from_zero(axes, ys, title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.01)
+
+
+def _from_zero(axes: Axes, values: Sequence[float], title: str) -> None:
+    """Start the axis at 0 where nothing is below, and end it at 1 for what cannot exceed 1."""
+    if min(values) >= 0:
+        axes.set_ylim(bottom=0)
+        if title.startswith("Explained variance") or max(values) == 0:
+            axes.set_ylim(top=1)
 
 
 def _decade(exponent: int) -> str:

@@ -124,12 +124,13 @@ def _reconstruction(evaluation: dict[str, Any]) -> str:
     caption = (
         "Held-out tokens. Sites in the model's own units; explained variance and FVU of all sites are one ratio of "
         "sums in normalised units, where each site is scaled; the other columns are then means over sites. "
-        "Explained variance = 1 &minus; E‖x &minus; x̂‖² / (E‖x‖² &minus; ‖E x‖²). "
+        "Explained variance = 1&nbsp;&minus;&nbsp;E‖x&nbsp;&minus;&nbsp;x̂‖² / (E‖x‖² &minus; ‖E x‖²). "
         "Cosine = E[x·x̂ / ‖x‖‖x̂‖]. L2 ratio = E[‖x̂‖ / ‖x‖]. Bias = E‖x̂‖² / E[x·x̂]."
     )
     dead = [(name, [group["l0"], group["dead_features"]]) for name, group in zip(names, groups, strict=True)]
     dead.append(("all groups", [evaluation["l0"], evaluation["dead_features"]]))
-    activity = _table("Group", ("l0", "dead_features"), dead)
+    silent = f"L0: mean active features a token. Dead: never active in {evaluation['tokens']:,} held-out tokens."
+    activity = _table("Group", ("l0", "dead_features"), dead, silent, "table narrow")
     return _section(
         "Reconstruction", f"<figure>{drawing}</figure>" + _table("Written site", columns, rows, caption) + activity
     )
@@ -168,7 +169,11 @@ def _replacement(evaluation: dict[str, Any]) -> str:
 
 
 def _table(
-    head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], caption: str = ""
+    head: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    caption: str,
+    style: str = "table",
 ) -> str:
     """A table of metrics whose last row is the total."""
     titles = "".join(f'<th scope="col">{NAMES[name]}</th>' for name in columns)
@@ -176,10 +181,9 @@ def _table(
     for name, values in rows:
         cells = "".join(f"<td>{_value(key, value)}</td>" for key, value in zip(columns, values, strict=True))
         body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    note = f"<figcaption>{caption}</figcaption>" if caption else ""
     return (
-        f'<figure class="table"><table><thead><tr><th scope="col">{head}</th>{titles}</tr></thead>'
-        f"<tbody>{body}</tbody></table>{note}</figure>"
+        f'<figure class="{style}"><table><thead><tr><th scope="col">{head}</th>{titles}</tr></thead>'
+        f"<tbody>{body}</tbody></table><figcaption>{caption}</figcaption></figure>"
     )
 
 

@@ -51,7 +51,7 @@ def _start_wandb(config: Config):
             "train.wandb: the package wandb is missing; pip install 'xlc-ray[wandb]' or set it to null"
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
-    name = config.out.rstrip("/").rsplit("/", 1)[-1]
+    name = files.name(config.out)
     return wandb.init(
         project=settings.project,
         entity=settings.entity,

@@ -1,0 +1,79 @@
+"""The files in configs/: each loads, survives a round trip, and agrees with the schema that editors use."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+
+from tests.config.tree import FILES, ROOT, walk
+from xlc_ray.activations import sites
+from xlc_ray.config import load_config, load_config_text, schema, yaml_text
+from xlc_ray.dictionary.build import make_wiring
+
+REQUIRED = {"quickstart", "gpt2_clt", "gpt2_sae", "gpt2_transcoders", "gpt2_crosscoder", "gemma2_2b_clt"}
+SHAPES = {"gpt2": (12, 768), "gemma2": (26, 2304), "pythia": (6, 512), "qwen3": (28, 1024), "quickstart": (4, 128)}
+
+files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def test_the_promised_files_are_there():
+    assert {file.stem for file in FILES} >= REQUIRED
+
+
+@files
+def test_file_loads_and_its_yaml_is_the_same_settings(file):
+    config = load_config(file)
+    assert load_config_text(config.yaml().encode(), "again") == config
+
+
+@files
+def test_file_names_the_schema_and_follows_it(file):
+    text = file.read_bytes()
+    assert text.startswith(b"# yaml-language-server: $schema=schema.json\n")
+    tree = yaml_text.parse_mapping(text, str(file))
+    jsonschema.validate(tree, json.loads((ROOT / "configs/schema.json").read_text()))
+
+
+@files
+def test_file_means_the_same_to_editors_which_read_yaml_1_2(file):
+    # There 400_000 is a word and 010 is ten: such numbers would be underlined, or read otherwise.
+    plain = [line.split("#")[0] for line in file.read_text().splitlines()]
+    words = [word.strip("{}[],") for line in plain for word in line.split()]
+    assert [word for word in words if word[:1].isdigit() and ("_" in word or (word[0] == "0" and word.isdigit()))] in (
+        [],
+        ["0"],
+    )
+
+
+@files
+def test_wiring_fits_the_model(file):
+    config = load_config(file)
+    layers, width = SHAPES[file.stem.split("_")[0]]
+    wiring = make_wiring(config.dictionary.wiring, layers, width)
+    assert all(sites.parse(site)[1] < layers for site in wiring.sites)
+    written = config.generate.tokens / config.train.batch_tokens
+    assert config.train.steps >= written, "stores more than it trains on"
+
+
+def test_a_store_that_two_files_share_is_the_same_store():
+    clt, transcoders = (load_config(ROOT / f"configs/gpt2_{name}.yaml") for name in ("clt", "transcoders"))
+    assert clt.source.path == transcoders.source.path
+    assert (clt.model, clt.text, clt.generate, clt.seed) == (
+        transcoders.model,
+        transcoders.text,
+        transcoders.generate,
+        transcoders.seed,
+    )
+    assert (
+        make_wiring(clt.dictionary.wiring, 12, 768).sites == make_wiring(transcoders.dictionary.wiring, 12, 768).sites
+    )
+
+
+def test_schema_is_current():
+    assert (ROOT / "configs/schema.json").read_text() == schema.text(), "run `make schema`"
+
+
+def test_every_setting_explains_itself():
+    assert [path for path, _, _, field in walk() if not field.description] == []

@@ -1,0 +1,66 @@
+"""No setting is dead: each is read by the code behind, each of its choices is known there, each default stated once."""
+
+from __future__ import annotations
+
+import ast
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+
+from tests.config.tree import ROOT, leaves, sections_of, walk
+
+SOURCES = [*(ROOT / "jobs").glob("*.py"), *(ROOT / "xlc_ray").rglob("*.py")]
+TREES = [ast.parse(file.read_text()) for file in SOURCES if "config" not in file.relative_to(ROOT).parts]
+NODES = [node for tree in TREES for node in ast.walk(tree)]
+READ = {node.attr for node in NODES if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+MATCHED = {name for node in NODES if isinstance(node, ast.MatchClass) for name in node.kwd_attrs}
+CLASSES = {node.cls.attr if isinstance(node.cls, ast.Attribute) else node.cls.id for node in NODES
+           if isinstance(node, ast.MatchClass) and isinstance(node.cls, ast.Attribute | ast.Name)}  # fmt: skip
+WORDS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+
+
+def test_every_setting_is_read():
+    unread = sorted({path for path, _, name, _ in walk() if name != "kind" and name not in READ | MATCHED})
+    assert unread == []
+
+
+def test_every_kind_of_a_section_is_told_apart():
+    tagged = [(path, s) for path, _, _, f in walk() if len(found := sections_of(f.annotation)) > 1 for s in found]
+    assert len(tagged) > 9
+    assert [(path, s.__name__) for path, s in tagged if s.__name__ not in CLASSES] == []
+
+
+def choices_of(annotation) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for inner in get_args(annotation) for choice in choices_of(inner)]
+
+
+@pytest.mark.parametrize("path", sorted({path for path, *_, field in leaves() if choices_of(field.annotation)}))
+def test_every_choice_of_a_setting_is_told_apart(path):
+    choices = {c for p, *_, field in leaves() if p == path for c in choices_of(field.annotation)}
+    if path.endswith(".kind") and len({s for p, s, *_ in leaves() if p == path}) > 1:
+        return test_every_kind_of_a_section_is_told_apart()
+    if all(isinstance(getattr(torch, choice, None), torch.dtype) for choice in choices):
+        return None  # handed to torch by name
+    assert len(choices - WORDS) <= 1, "at most one choice can be what is left"
+    return None
+
+
+def test_no_parameter_restates_a_default():
+    # A parameter named like a setting takes the setting's value: a default of its own would be a second one.
+    settings = {name for _, _, name, field in leaves() if not field.is_required()}
+    restated = []
+    for function in FUNCTIONS:
+        arguments = function.args
+        positional = [*arguments.posonlyargs, *arguments.args]
+        pairs = zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True)
+        named = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        restated += [
+            f"{getattr(function, 'name', 'lambda')}({arg.arg}={ast.unparse(default)})"
+            for arg, default in [*pairs, *named]
+            if default is not None and arg.arg in settings
+        ]
+    assert restated == []

@@ -1,0 +1,118 @@
+"""Sparse products equal dense ones, in value and gradient, for any support; both forms of Features agree."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.dictionary import make
+from xlc_ray.dictionary import Features, sparse
+from xlc_ray.dictionary.sparse import Support
+
+
+@st.composite
+def masks(draw):
+    tokens, features = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    entries = draw(st.lists(st.booleans(), min_size=tokens * features, max_size=tokens * features))
+    return torch.tensor(entries).view(tokens, features)
+
+
+NONE = torch.zeros(4, 3, dtype=torch.bool)
+GAPS = torch.tensor([[0, 0, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)  # empty rows, a full one
+EVERYTHING = torch.ones(4, 3, dtype=torch.bool)
+
+
+def check(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(masks(), st.integers(1, 5))
+@example(NONE, 2)
+@example(GAPS, 2)
+@example(EVERYTHING, 1)
+@example(torch.tensor([[True]]), 1)
+def test_decode_equals_dense(mask, width):
+    support, values = Support.of(mask), make.random(int(mask.sum()))
+    weights, up = make.random(mask.shape[1], width, seed=1), make.random(mask.shape[0], width, seed=2)
+    values.requires_grad_()
+    weights.requires_grad_()
+    got = sparse.decode(values, support, weights)
+    want = support.dense(values) @ weights
+    check([got], [want])
+    inputs = [values, weights]
+    check(torch.autograd.grad((got * up).sum(), inputs), torch.autograd.grad((want * up).sum(), inputs))
+
+
+@settings(deadline=None, max_examples=40)
+@given(masks(), st.integers(1, 5))
+@example(NONE, 2)
+@example(GAPS, 2)
+@example(EVERYTHING, 1)
+@example(torch.tensor([[True]]), 1)
+def test_encode_at_equals_dense(mask, width):
+    support, x = Support.of(mask), make.random(mask.shape[0], width)
+    weights, bias = make.random(mask.shape[1], width, seed=1).requires_grad_(), make.random(mask.shape[1], seed=2)
+    bias.requires_grad_()
+    dense = x @ weights.T + bias
+    got = sparse.encode_at(x, weights, bias, support, dense.detach()[mask])
+    want, up = dense[mask], make.random(int(mask.sum()), seed=3)
+    check([got], [want])
+    inputs = [weights, bias]
+    check(torch.autograd.grad((got * up).sum(), inputs), torch.autograd.grad((want * up).sum(), inputs))
+
+
+@pytest.mark.parametrize("mask", [GAPS, EVERYTHING, NONE], ids=["gaps", "everything", "none"])
+def test_gradcheck(mask):
+    support, x = Support.of(mask), make.random(mask.shape[0], 2)
+    values, weights = make.random(int(mask.sum())).requires_grad_(), make.random(mask.shape[1], 2).requires_grad_()
+    bias = make.random(mask.shape[1], seed=4).requires_grad_()
+
+    def encode(w, b):
+        return sparse.encode_at(x, w, b, support, (x @ w.T + b).detach()[mask])
+
+    assert torch.autograd.gradcheck(lambda v, w: sparse.decode(v, support, w), (values, weights))
+    assert torch.autograd.gradcheck(encode, (weights, bias))
+    assert torch.autograd.gradcheck(support.dense, (values,))
+
+
+@settings(deadline=None, max_examples=30)
+@given(masks())
+@example(NONE)
+@example(GAPS)
+def test_matrices_of_a_support(mask):
+    support, values = Support.of(mask), make.random(int(mask.sum()))
+    dense = torch.zeros(mask.shape, dtype=torch.float64)
+    dense[mask] = values
+    check([support.dense(values), support.matrix(values).to_dense(), support.transposed(values).to_dense()], [dense, dense, dense.T])
+    assert torch.equal(torch.stack([support.token, support.feature], 1), mask.nonzero())
+
+
+@settings(deadline=None, max_examples=30)
+@given(masks())
+@example(NONE)
+@example(GAPS)
+def test_both_forms_of_features_agree(mask):
+    pre = make.random(*mask.shape)
+    values = pre.clamp(min=0).where(mask, 0)  # zeros within the support, as JumpReLU's margin has them
+    support, norms = Support.of(mask), make.random(mask.shape[1], seed=1).abs()
+    dense, thin = Features(values, pre), Features(values[mask], pre[mask], support)
+    assert dense.shape == thin.shape == tuple(mask.shape)
+    assert torch.equal(thin.dense(), values)
+    active = (values != 0).long()
+    for f in (dense, thin):
+        assert torch.equal(f.l0(), active.sum(1))
+        assert torch.equal(f.count(), active.sum(0))
+        assert f.count().dtype == f.l0().dtype == torch.int64
+    want = (values**2 * norms).sum()
+    check([f.total(lambda v, _, n: v**2 * n, norms) for f in (dense, thin)], [want, want])
+    weights = make.random(mask.shape[1], 3, seed=2)
+    check([thin.decode(weights)], [dense.decode(weights)])
+
+
+def test_sparse_products_are_chosen_for_few_entries_only():
+    cpu = torch.device("cpu")
+    assert not sparse.worth_it(13, 100, cpu)
+    assert sparse.worth_it(12, 100, cpu) == torch.backends.mkl.is_available()
+    assert sparse.worth_it(12, 100, torch.device("cuda"))
