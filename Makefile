@@ -20,7 +20,9 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) --editable '.[dev]'
+	@echo "installing into $(VENV): some minutes, once"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    $(CONSTRAINTS:%=--constraint %) --editable '.[dev]'
 	@touch $@
 
 demo: install

@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is wrong
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import beartype  # noqa: F401  (nnsight patches `object`; afterwards beartype cannot be imported)
 import jaxtyping
 import torch
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
+import beartype  # noqa: F401 — before nnsight, which gives `object` methods that beartype cannot hash
 import pytest
 
 from xlc_ray.config import Config, load_config
-
-os.environ["RAY_AUTH_MODE"] = "disabled"
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

@@ -17,7 +17,14 @@ WIRINGS = {
     "acausal": wiring.crosscoder(["a", "b"], 4, "acausal"),
     "ragged": Wiring({"a": 3, "b": 5, "c": 4}, (("a",), ("c", "a")), (("c", "a"), ("b",))),
 }
-NORMALIZATIONS = [("none", False), ("none", True), ("rms", False), ("rms", True), ("mean_norm", False), ("mean_std", True)]
+NORMALIZATIONS = [
+    ("none", False),
+    ("none", True),
+    ("rms", False),
+    ("rms", True),
+    ("mean_norm", False),
+    ("mean_std", True),
+]
 GATES = {
     "relu": {"kind": "relu"},
     "jumprelu": {"kind": "jumprelu", "threshold": 0.4},

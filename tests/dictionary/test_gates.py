@@ -51,7 +51,9 @@ def test_jumprelu_keeps_what_exceeds_the_threshold(kind, training):
     gate, pre = jumprelu(kind, 5).train(training), make.random(40, 5)
     f = gate.activate(pre, 0, None).where(gate.support({0: pre}, {}, [])[0], 0)
     torch.testing.assert_close(f, pre * (pre > gate.threshold(0)))
-    torch.testing.assert_close(gate.threshold(0).detach(), torch.full((5,), THETA, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gate.threshold(0).detach(), torch.full((5,), THETA, dtype=torch.float64), rtol=1e-6, atol=0
+    )
     assert torch.equal(gate.step(pre, 0, None) > 0, f > 0)
     assert (f >= 0).all()
 

@@ -96,7 +96,9 @@ def test_auxk_detaches_the_error():
 
 
 @pytest.mark.parametrize("products", ["dense", "sparse"])
-@pytest.mark.parametrize("gate", [{"kind": "relu"}, {"kind": "topk", "k": 2}, {"kind": "jumprelu"}], ids=lambda g: g["kind"])
+@pytest.mark.parametrize(
+    "gate", [{"kind": "relu"}, {"kind": "topk", "k": 2}, {"kind": "jumprelu"}], ids=lambda g: g["kind"]
+)
 def test_auxk_reconstructs_with_the_largest_dead_features_alone(gate, products):
     """Pitfall 16: no b_dec in ê, the encoder learns, alive features and the bias do not."""
     wires, k = wiring.clt([0, 1], 4), 2
@@ -137,7 +139,10 @@ def test_rows_of_zeros_give_finite_gradients(products):
     x = d.normalize_inputs(make.activations(wires, 9))
     code = d.analyse(x, norms=True)
     terms = [losses.l1(code.features, code.norms), losses.tanh(code.features, code.norms, 4.0)]
-    terms += [losses.preactivation(code.pre, d.gate, code.norms), losses.reconstruction(d.decode(code.features, x), 0 * d.b_dec + make.random(9, 8), None)]
+    terms += [
+        losses.preactivation(code.pre, d.gate, code.norms),
+        losses.reconstruction(d.decode(code.features, x), 0 * d.b_dec + make.random(9, 8), None),
+    ]
     sum(terms).backward()
     for name, p in d.named_parameters():
         assert torch.isfinite(p.grad).all(), name

@@ -1,5 +1,7 @@
 """Selection over ranks, with the ranks simulated: exactly k in total, whatever the ties (pitfalls 1 and 20)."""
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +66,7 @@ def test_bounds_cut_as_torch_chunk_does(features, size):
     assert [hi - lo for lo, hi in pieces if hi > lo] == chunks
     assert pieces[0][0] == 0
     assert pieces[-1][1] == features
-    assert all(before[1] == after[0] for before, after in zip(pieces, pieces[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
 
 
 def test_without_a_group_every_collective_is_a_no_op():

@@ -85,7 +85,10 @@ def test_matrices_of_a_support(mask):
     support, values = Support.of(mask), make.random(int(mask.sum()))
     dense = torch.zeros(mask.shape, dtype=torch.float64)
     dense[mask] = values
-    check([support.dense(values), support.matrix(values).to_dense(), support.transposed(values).to_dense()], [dense, dense, dense.T])
+    check(
+        [support.dense(values), support.matrix(values).to_dense(), support.transposed(values).to_dense()],
+        [dense, dense, dense.T],
+    )
     assert torch.equal(torch.stack([support.token, support.feature], 1), mask.nonzero())
 
 

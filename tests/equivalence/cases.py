@@ -64,7 +64,8 @@ def batches(wires: Wiring) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
     shape = {site: (ROWS, width) for site, width in wires.widths.items()}
     return [
-        {site: torch.randn(s, generator=generator, dtype=torch.float64) for site, s in shape.items()} for _ in range(STEPS)
+        {site: torch.randn(s, generator=generator, dtype=torch.float64) for site, s in shape.items()}
+        for _ in range(STEPS)
     ]
 
 

@@ -146,7 +146,7 @@ class Harvester:
         return {"held_out": np.full(chunk.rows, held_out), "index": np.full(chunk.rows, index), **found}
 
 
-def _write(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, list[Any]]:
+def _write(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, np.ndarray]:
     held_out, index = bool(batch.pop("held_out")[0]), int(batch.pop("index")[0])
     store.write_chunk(paths[held_out], index, batch, dtype)
-    return {"held_out": [held_out], "index": [index]}
+    return {"held_out": np.array([held_out]), "index": np.array([index])}

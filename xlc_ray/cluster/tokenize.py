@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ ONE_ROW = 1
 """Target bytes of a block: less than any row, so that each row (the documents of a task) is a block of its own."""
 
 
-def tokenized(config: Config) -> Iterator[dict[bool, Packed]]:
+def tokenized(config: Config) -> Generator[dict[bool, Packed], None, None]:
     """For each run of documents, in order: {held out?: (windows, mask)}. Close the iterator to stop reading."""
     read = functools.partial(_read, config.text, config.generate.documents_per_task)
     with ray.data.DataContext.current(data_context(ONE_ROW)):

@@ -51,13 +51,16 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _open(config: Config) -> Store:
-    try:
-        return open_store(config.source.path)
-    except UserError:
+    """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
+    path = config.source.path
+    if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):
         if not config.source.make_if_missing:
-            raise
-    generate(config)
-    return open_store(config.source.path)
+            raise UserError(
+                f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
+                "or set source.make_if_missing: true"
+            )
+        generate(config)
+    return open_store(path)
 
 
 def _fit(config: Config) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from xlc_ray.config import yaml_text
 from xlc_ray.config.activations import Generate, Model, StoreSource, Text
 from xlc_ray.config.base import Name, Settings
-from xlc_ray.config.dictionary import Dictionary
+from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
@@ -59,8 +59,9 @@ class Config(Settings):
                 f"cluster.tensor_parallel: {self.cluster.tensor_parallel} ranks cannot share "
                 f"dictionary.features = {self.dictionary.features}; use at most {self.dictionary.features}"
             )
-        if (k := getattr(gate, "k", None)) and gate.pool == "group" and k > self.dictionary.features:
-            raise ValueError(f"dictionary.gate.k: {k} exceeds dictionary.features = {self.dictionary.features}")
+        pooled = gate if isinstance(gate, TopKGate | BatchTopKGate) and gate.pool == "group" else None
+        if pooled and pooled.k > self.dictionary.features:
+            raise ValueError(f"dictionary.gate.k: {pooled.k} exceeds dictionary.features = {self.dictionary.features}")
         if loss.sparsity and loss.sparsity.kind == "l0" and gate.kind != "jumprelu":
             raise ValueError(f"train.loss.sparsity.kind: l0 needs the gate jumprelu, not {gate.kind}; use l1 or tanh")
         if loss.sparsity and loss.sparsity.target_l0 and loss.sparsity.kind != "l0":
@@ -68,7 +69,7 @@ class Config(Settings):
         return self
 
     def override(self, changes: dict[str, Any]) -> Config:
-        """A new Config with each dotted path replaced by its value. Raises UserError, one line, on a bad path or value."""
+        """A new Config with each dotted path replaced by its value. Raises UserError on a bad path or value."""
         return _validate(apply_overrides(self.model_dump(mode="json"), changes), "override")
 
     def yaml(self) -> str:
@@ -77,7 +78,7 @@ class Config(Settings):
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides, validate. Raises UserError: file, path, value, choices, nearest name."""
+    """Read a YAML file, apply dotted overrides, validate. Raises UserError: file, path, value, choices, nearest."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -91,7 +92,7 @@ def load_config_text(text: bytes, origin: str, overrides: dict[str, Any] | None 
 
 
 def apply_overrides(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the nested dict with each dotted path replaced. Sections that are missing or null on the way are made."""
+    """A copy of the tree with each dotted path replaced. Sections that are missing or null on the way are made."""
     tree = yaml_text.copy(tree)
     for path, value in changes.items():
         node, *rest = tree, *str(path).split(".")

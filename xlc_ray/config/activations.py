@@ -28,7 +28,7 @@ class Text(Settings):
     """The text the model reads, cut into windows of `context` tokens."""
 
     dataset: Name
-    """A Hugging Face dataset, a directory written by `save_to_disk`, or local .txt, .jsonl, .json, .csv or .parquet file(s): a file, a directory or a glob."""
+    """A Hugging Face dataset, `save_to_disk` directory, or file, directory, glob of .txt .jsonl .json .csv .parquet."""
     subset: str | None = None
     """The dataset's configuration name."""
     split: Name = "train"

@@ -32,7 +32,7 @@ class TranscoderWiring(Settings):
 
 
 class CltWiring(Settings):
-    """Cross-layer transcoder: group l reads the MLP input of its layer and writes the MLP outputs of it and all later ones."""
+    """Cross-layer transcoder: group l reads the MLP input of layer l and writes the MLP outputs of l and all later."""
 
     kind: Literal["clt"] = "clt"
     """The tag of this wiring."""
@@ -73,7 +73,7 @@ class JumpReluGate(Settings):
     bandwidth: Annotated[float, Field(gt=0)] = 2.0
     """Width of the rectangle kernel of the straight-through gradient."""
     parameterisation: Literal["log", "direct"] = "log"
-    """log: theta = exp(t), straight-through gradient to all parameters (Anthropic 2025); direct: theta itself, gradient of the step to theta only (Rajamanoharan 2024)."""
+    """log: theta = exp(t), step's gradient to all (Anthropic 2025); direct: to theta only (Rajamanoharan 2024)."""
 
 
 class TopKGate(Settings):

@@ -1,4 +1,4 @@
-"""YAML as a person means it: 3e-4 is a number (YAML 1.1 takes it for a word), and a key that is given twice is a mistake."""
+"""YAML as a person means it: 3e-4 is a number (YAML 1.1 takes it for a word), and a key given twice is a mistake."""
 
 from __future__ import annotations
 

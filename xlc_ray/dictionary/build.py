@@ -77,6 +77,8 @@ def normalize_by(dictionary: Dictionary, config: settings.Normalization, kind: s
     center = config.center
     if config.kind == "mean_norm" and center:
         raise UserError("dictionary.normalization.center: mean_norm is not centred; use rms or mean_std")
+    if config.kind == "mean_std" and center is False:
+        raise UserError("dictionary.normalization.center: mean_std is always centred; use rms")
     if center is None:
         center = kind in ("clt", "transcoder") and config.kind in ("rms", "mean_std")
     if config.kind == "mean_std":

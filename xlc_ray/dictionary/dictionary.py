@@ -5,8 +5,8 @@
     f         = gate(pre)
     ŷ         = Σ_g f_g W_dec_g (in the columns group g writes) + b_dec (+ x_g W_skip_gᵀ)
 
-Shapes: B tokens, F features of a group on this rank, R / W summed width of sites read / written, d (or _, where sites of
-several widths stand in one mapping) the width of one site.
+Shapes: B tokens, F features of a group on this rank, R / W summed width of sites read / written, d the width of a site
+(_ in mappings, whose sites may differ in width).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import copy
 import torch
 
 from xlc_ray.config import UserError
-from xlc_ray.dictionary.dictionary import Dictionary
+from xlc_ray.dictionary.dictionary import Dictionary, FeatureGroup
 
 
 @torch.no_grad()
@@ -37,6 +37,7 @@ def fold(dictionary: Dictionary) -> Dictionary:
     write_mean, write_scale = folded.write_mean.double(), folded.write_scale.double()
     bias = folded.b_dec.double() * write_scale + write_mean
     for g, group in enumerate(folded.groups):
+        assert isinstance(group, FeatureGroup)
         read, written = _columns(wires.read_spans(g)), _columns(wires.write_spans(g))
         encoder = group.W_enc.double() / read_scale[read]
         group.b_enc.copy_(group.b_enc.double() - encoder @ read_mean[read])

@@ -93,6 +93,13 @@ class JumpReLU(Gate):
         theta = self.threshold(g) if feature is None else self.threshold(g)[feature]
         return _Step.apply(pre, theta, self.bandwidth, self.log)
 
+    @torch.no_grad()
+    def finish_step(self, step: int) -> None:
+        """Hold θ ≥ 0, without which features could be negative."""
+        if not self.log:
+            for theta in self.raw_threshold:
+                theta.clamp_(min=0)
+
 
 class TopK(Gate):
     """The k largest activations max(pre, 0): of each token (Gao et al. 2024), or of the batch (Bussmann et al. 2024).

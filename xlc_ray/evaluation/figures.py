@@ -42,6 +42,8 @@ _STYLE = {
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     "text.color": INK,
+    "figure.constrained_layout.h_pad": 0.09,
+    "figure.constrained_layout.w_pad": 0.09,
 }
 _MOST_LABELLED_BARS = 12
 _ERRORS = ("loss", "reconstruction")
@@ -56,7 +58,6 @@ def curves(lines: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], c
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 2.35 * rows), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (key, title) in zip(grid, panels, strict=False):
             points = [(line["tokens"], line[key]) for line in lines if _number(line.get(key))]
@@ -87,7 +88,7 @@ def bars(panels: Sequence[tuple[str, Sequence[str], Sequence[float | None], str]
             axes.margins(y=0.14)
             axes.axhline(0, color=MUTED, linewidth=0.7)
             axes.yaxis.set_major_locator(MaxNLocator(4))
-            _from_zero(axes, heights, title)
+            _from_zero(axes, heights, title, room=1.12)
         return _svg(figure, label)
 
 
@@ -127,12 +128,12 @@ def _curve(axes: Axes, points: Sequence[tuple[float, float]], title: str, key: s
     axes.margins(x=0.01)
 
 
-def _from_zero(axes: Axes, values: Sequence[float], title: str) -> None:
-    """Start the axis at 0 where nothing is below, and end it at 1 for what cannot exceed 1."""
+def _from_zero(axes: Axes, values: Sequence[float], title: str, room: float = 1.0) -> None:
+    """Start the axis at 0 where nothing is below, and end it at 1 (times `room`) for what cannot exceed 1."""
     if min(values) >= 0:
         axes.set_ylim(bottom=0)
         if title.startswith("Explained variance") or max(values) == 0:
-            axes.set_ylim(top=1)
+            axes.set_ylim(top=room)
 
 
 def _decade(exponent: int) -> str:

@@ -31,7 +31,7 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 va
 main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
 .kicker { margin: 0; color: var(--accent); font-weight: 600; letter-spacing: .02em; }
 h1 { margin: .1rem 0 1.6rem; font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; }
-h1, h2 { text-wrap: balance; font-weight: 650; }
+h1, h2 { text-wrap: balance; font-weight: 600; }
 h2 { margin: 3.2rem 0 1rem; padding-top: 1.1rem; border-top: 1px solid var(--line); font-size: 1.2rem; }
 .facts { display: flex; flex-wrap: wrap; gap: .9rem 2.6rem; margin: 0 0 2rem; }
 dt { color: var(--muted); font-size: .82rem; }
@@ -47,7 +47,7 @@ th, td { padding: .42rem 0 .42rem 1.2rem; text-align: right; white-space: nowrap
 th:first-child { padding-left: 0; text-align: left; }
 thead th { color: var(--muted); font-size: .82rem; }
 thead tr, tbody tr { border-bottom: 1px solid var(--line); }
-figure.table tbody tr:last-child th, figure.table tbody tr:last-child td { font-weight: 650; }
+.total th, .total td { font-weight: 600; }
 .headline tr:first-child { border-top: 1px solid var(--line); }
 .headline th { width: 11rem; font-weight: 600; }
 .headline .big { width: 7rem; font-size: 1.2rem; font-weight: 600; }

@@ -180,7 +180,8 @@ def _table(
     body = ""
     for name, values in rows:
         cells = "".join(f"<td>{_value(key, value)}</td>" for key, value in zip(columns, values, strict=True))
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+        total = ' class="total"' if name == rows[-1][0] else ""
+        body += f'<tr{total}><th scope="row">{escape(name)}</th>{cells}</tr>'
     return (
         f'<figure class="{style}"><table><thead><tr><th scope="col">{head}</th>{titles}</tr></thead>'
         f"<tbody>{body}</tbody></table><figcaption>{caption}</figcaption></figure>"

@@ -138,8 +138,7 @@ def train_rank(
     if found:
         learner.resume(config.out, found[-1])
     elif config.dictionary.bias_init != "zeros":
-        rows = min(config.train.calibration_tokens, sum(data.chunk_rows))
-        sample = next(source.batches(data, order_for(config, data), wiring.sites, rows, 0, 1))
+        sample = source.first_rows(data, order_for(config, data), wiring.sites, config.train.calibration_tokens)
         y = dictionary.normalize_targets({site: v.to(device) for site, v in sample.items()})
         start_bias(dictionary, y, config.dictionary.bias_init)
     leader = shards.rank == 0 and shards.replica == 0
@@ -183,6 +182,8 @@ def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lam
     """The whole training job in this process: no cluster, one rank. For small runs, tests and debuggers."""
     prepare(config)
     data, shards = store.open_store(config.source.path), Shards()
+    if config.source.verify:
+        data.verify()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = in_process(config, data, shards)
     return train_rank(config, data, shards, reader, device, announce, lambda step, metrics: None)

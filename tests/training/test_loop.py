@@ -1,0 +1,181 @@
+"""The whole training job of one process: from a store to checkpoints, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+from xlc_ray.config import UserError
+from xlc_ray.dictionary import checkpoint
+from xlc_ray.training import Diverged, logs, train_alone
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(step):
+    def announce(metrics):
+        if metrics["step"] >= step:
+            raise Interrupted
+
+    return announce
+
+
+def final_state(config):
+    """All tensors of the newest checkpoint, also the optimizer's, by name."""
+    from xlc_ray.activations import store
+    from xlc_ray.dictionary import Shards
+    from xlc_ray.dictionary.build import build
+    from xlc_ray.training import Learner
+    from xlc_ray.training.loop import wiring_for
+
+    wiring = wiring_for(config, store.open_store(config.source.path))
+    learner = Learner(build(config.dictionary, wiring, 99, Shards()), config)
+    learner.resume(config.out, checkpoint.steps(config.out)[-1])
+    return learner.state()
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"dictionary.gate": {"kind": "batchtopk", "k": 3, "threshold_start": 3}},
+        {
+            "dictionary.gate": {"kind": "jumprelu"},
+            "train.loss": {"sparsity": {"kind": "tanh", "coefficient": 0.1}, "preactivation": 1e-3},
+        },
+    ],
+    ids=["batchtopk", "jumprelu"],
+)
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(small_run, tmp_path, gate):
+    whole = small_run({**gate, "out": str(tmp_path / "whole")})
+    train_alone(whole)
+    broken = small_run({**gate, "out": str(tmp_path / "broken")})
+    for stop in (6, 11):  # after the checkpoints of steps 4 and 8; the steps since are lost and done again
+        with pytest.raises(Interrupted):
+            train_alone(broken.override({"train.log_every": 1}), interrupt_at(stop))
+    train_alone(broken)
+    want, got = final_state(whole), final_state(broken)
+    assert want.keys() == got.keys()
+    assert any(k.startswith("optimizer.") for k in want)
+    assert any(k.startswith("silent_tokens.") for k in want)
+    for name, value in want.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_metrics_of_repeated_steps_count_once(small_run):
+    config = small_run({"train.log_every": 1})
+    with pytest.raises(Interrupted):
+        train_alone(config, interrupt_at(7))
+    train_alone(config)
+    assert [line["step"] for line in logs.read(config.out)] == list(range(1, 13))
+    written = Path(config.out, "metrics.jsonl").read_text().splitlines()
+    assert len(written) > 12  # appended, never rewritten
+
+
+def test_more_than_one_epoch_and_tokens_counted(small_run):
+    """12 batches of 40 rows from a store of 203: training is not capped at an epoch (pitfall 11)."""
+    last = train_alone(small_run())
+    assert last["step"] == 12
+    assert last["tokens"] == 480
+
+
+def test_checkpoints_are_pruned_and_a_finished_run_is_left_alone(small_run):
+    config = small_run({"train.keep": 2})
+    train_alone(config)
+    assert checkpoint.steps(config.out) == [8, 12]
+    metrics = Path(config.out, "metrics.jsonl")
+    content = metrics.read_bytes()
+    assert train_alone(config)["step"] == 12
+    assert metrics.read_bytes() == content
+
+
+def test_half_written_checkpoint_is_passed_over(small_run, tmp_path):
+    config = small_run()
+    train_alone(config)
+    (tmp_path / "run/checkpoints/step_12/complete.json").unlink()
+    assert checkpoint.steps(config.out) == [8]
+    assert train_alone(config)["step"] == 12
+    assert checkpoint.steps(config.out) == [8, 12]
+
+
+def test_directory_of_another_run_is_refused(small_run):
+    train_alone(small_run())
+    with pytest.raises(UserError, match=r"other settings \(train.lr: 0.01, now 0.02\)"):
+        train_alone(small_run({"train.lr": 0.02}))
+    assert train_alone(small_run({"train.log_every": 3, "train.keep": 1}))["step"] == 12
+
+
+def test_run_directory_that_cannot_be_made_is_one_line(small_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written") as error:
+        train_alone(small_run({"out": str(tmp_path / "file" / "run")}))
+    assert "\n" not in str(error.value)
+
+
+def test_store_without_the_sites_is_refused(small_run):
+    with pytest.raises(UserError, match=r"no site resid_post\.0; it has: mlp_in\.0, "):
+        train_alone(small_run({"dictionary.wiring": {"kind": "sae"}}))
+
+
+def test_not_finite_activations_stop_the_run(small_run, tmp_path):
+    """Pitfall 18: a NaN loss is never passed over."""
+    config = small_run({"source.verify": False})
+    with h5py.File(tmp_path / "store/chunk_1.hdf5", "r+") as file:
+        file["layer_1/inputs"][3, 2] = 0x7FC0  # a bfloat16 NaN
+    with pytest.raises(Diverged, match="gradient norm is nan"):
+        train_alone(config)
+    assert checkpoint.steps(config.out) == []
+
+
+@pytest.mark.parametrize("kind", ["mean", "geometric_median"])
+def test_bias_starts_where_it_is_told(small_run, kind):
+    config = small_run({"dictionary.bias_init": kind, "dictionary.normalization.center": False, "train.lr": 1e-12})
+    train_alone(config)
+    zeros = small_run({"out": config.out + "_zeros", "train.lr": 1e-12, "dictionary.normalization.center": False})
+    train_alone(zeros)
+    bias = [checkpoint.load_dictionary(c.out)[0].b_dec for c in (config, zeros)]
+    assert bias[0].abs().max() > 0.1
+    assert bias[1].abs().max() < 1e-6
+
+
+def test_reduced_precision_trains_and_keeps_float32_weights(small_run):
+    last = train_alone(small_run({"train.precision": "bfloat16", "dictionary.products": "dense"}))
+    full = train_alone(small_run({"out": small_run().out + "_32"}))
+    assert last["loss"] == pytest.approx(full["loss"], rel=0.05)
+    assert last["loss"] != full["loss"]
+    dictionary, _ = checkpoint.load_dictionary(small_run().out)
+    assert dictionary.groups[0].W_enc.dtype == torch.float32
+
+
+def test_run_directory_may_be_a_url(small_run):
+    config = small_run({"out": "memory://runs/one"})
+    train_alone(config)
+    assert checkpoint.steps(config.out) == [8, 12]
+    assert [line["step"] for line in logs.read(config.out)] == [1, 4, 8, 12]
+    dictionary, again = checkpoint.load_dictionary(config.out)
+    assert again == config
+    assert not dictionary.training
+
+
+def test_wandb_offline_gets_every_line(small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_alone(small_run({"train.wandb": {"project": "tests", "mode": "offline"}}))
+    (written,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    content = written.read_bytes()
+    assert b"explained_variance" in content
+    assert b"batchtopk" in content
+
+
+def test_metrics_lines_hold_what_the_report_and_users_need(small_run):
+    config = small_run()
+    train_alone(config)
+    lines = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+    for key in ("step", "tokens", "loss", "reconstruction", "explained_variance", "l0", "dead_features", "lr"):
+        assert all(key in line for line in lines)
+    assert all(line["l0"] == pytest.approx(3.0) for line in lines)
+    assert all(line["l0"] == pytest.approx(line["l0/group_0"] + line["l0/group_1"]) for line in lines)
