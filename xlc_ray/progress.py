@@ -36,12 +36,15 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._history = deque([(clock(), done, tokens)])
         self._shown_at, self._line = clock(), ""
-        self._pending = False
+        self._pending, self._updates = False, 0
 
     def update(self, done: int, tokens: int, *extras: str) -> None:
         """State what is done by now, not what was added; `extras` ("loss 0.31") stand before the time left."""
         now = self._clock()
         self._history.append((now, done, tokens))
+        self._updates += 1
+        if self._updates == 2:
+            self._history.popleft()  # up to the first piece it was start-up, which says nothing of what is left
         while len(self._history) > 2 and self._history[1][0] < now - RATE_SECONDS:
             self._history.popleft()
         self._line = self._format(extras)
@@ -80,7 +83,7 @@ class Progress:
         if seconds > 0 and tokens > tokens_then:
             parts.append(f"{(tokens - tokens_then) / seconds:,.0f} tok/s")
         parts.extend(extras)
-        if self._total is not None and seconds > 0 and done > done_then and done < self._total:
+        if self._total is not None and self._updates > 1 and seconds > 0 and done_then < done < self._total:
             parts.append(f"{duration((self._total - done) * seconds / (done - done_then))} left")
         return "   ".join(parts)
 

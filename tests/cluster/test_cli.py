@@ -90,6 +90,6 @@ def test_help_explains_itself_without_a_config():
     done = run_job("main = print", "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("About it.", "usage:", "--config", "dictionary", "cluster"))
-    section = cli.help_text(["--help", "train"], "About it.")
+    section = cli.help_text(["--help", "train"], "About it.", "--config")
     assert "--train.lr (required): Peak learning rate." in section
     assert "--train.loss.sparsity.coefficient" in section

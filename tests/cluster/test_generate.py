@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -77,19 +76,25 @@ def reference_plan(config, held_out):
     return list(chunk_plan(packed(), tokens, config.generate.chunk_tokens, config.seed))
 
 
-def test_equals_an_in_process_harvest_of_the_same_plan_bit_for_bit(stores, config):
+def assert_equals_in_process_harvest(config):
     torch.set_num_threads(1)  # as many as the actor has
     model = LanguageModel(config.model)
-    for held_out, opened in stores.items():
-        expected = reference_plan(config, held_out)
+    for held_out, path in ((False, config.source.path), (True, config.source.path + "/held_out")):
+        opened, expected = store.open_store(path), reference_plan(config, held_out)
+        opened.verify()
         assert opened.chunk_rows == [chunk.rows for chunk in expected]
         for chunk in expected:
             text = opened.windows(chunk.index)
             assert np.array_equal(text.windows.tokens, chunk.windows.tokens)
+            assert np.array_equal(text.row_window, chunk.row_window)
             assert np.array_equal(text.row_position, chunk.row_position)
             values = harvest_chunk(model, chunk, SITES, config.generate.batch_windows, config.generate.dtype)
             found = opened.read(chunk.index, 0, chunk.rows, SITES)
             assert all(np.array_equal(found[site], values[site]) for site in SITES)
+
+
+def test_equals_an_in_process_harvest_of_the_same_plan_bit_for_bit(summary, config):
+    assert_equals_in_process_harvest(config)
 
 
 def test_stores_exactly_the_tokens_asked_for_each_once(stores, summary):
@@ -189,37 +194,34 @@ def test_too_little_text_says_so_and_leaves_the_path_free(cluster, config, tmp_p
     assert generate(short.override({"generate.tokens": 500, "generate.held_out_tokens": 100}))["tokens"] == 500
 
 
-def test_a_killed_model_actor_changes_nothing(cluster, config, summary, tmp_path):
-    # Smaller chunks would be another plan; smaller batches make each take long enough to be interrupted.
-    slow = config.override({"source.path": str(tmp_path / "store"), "generate.batch_windows": 1})
-    killed: list[int] = []
+def test_a_killed_model_actor_changes_nothing(cluster, config, tmp_path):
+    # Many small chunks, windows one by one: slow enough to be interrupted between two chunks.
+    many = {"generate.tokens": 15000, "generate.chunk_tokens": 200, "generate.batch_windows": 1}
+    small = config.override({"source.path": str(tmp_path / "store")} | many)
+    earlier, killed, finished = set(harvesters()), [], threading.Event()
 
     def kill_in_the_middle():
-        deadline, pid = time.monotonic() + 120, 0
-        while time.monotonic() < deadline:
+        pid = 0
+        while not finished.is_set():
             if not pid:
-                actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-                pid = next((a.pid for a in actors if "Harvester" in a.class_name), 0)
-            elif list((tmp_path / "store").rglob("records/*.json")):
+                pid = next((pid for pid in harvesters() if pid not in earlier), 0)
+            elif done := list((tmp_path / "store").rglob("records/*.json")):
                 os.kill(pid, signal.SIGKILL)
-                killed.append(len(list((tmp_path / "store").rglob("records/*.json"))))
+                killed.append(len(done))
                 return
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill_in_the_middle)
     killer.start()
-    made = generate(slow)
+    made = generate(small)
+    finished.set()
     killer.join()
     assert killed, "the actor was to be killed"
-    assert killed[0] < made["chunks"], "the actor was to be killed before it was done"
-    assert made["made"] == made["chunks"] == summary["chunks"]
-    records = [json.loads(f.read_text())["rows"] for f in sorted((tmp_path / "store/records").iterdir())]
-    assert sum(records) == 5000
-    for name in ("", "/held_out"):
-        found, expected = (store.open_store(c.source.path + name) for c in (slow, config))
-        found.verify()
-        assert found.manifest.identity == expected.manifest.identity
-        for chunk, rows in enumerate(found.chunk_rows):
-            for one, other in zip(*(s.read(chunk, 0, rows, SITES).values() for s in (found, expected)), strict=True):
-                # bfloat16 bits; windows one by one may differ in the last of them from windows in batches
-                torch.testing.assert_close(store.decode(one, "bfloat16"), store.decode(other, "bfloat16"))
+    assert killed[0] < made["made"] == made["chunks"]
+    assert_equals_in_process_harvest(small)
+
+
+def harvesters() -> list[int]:
+    """Process ids of the language-model actors."""
+    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    return [actor.pid for actor in actors if "Harvester" in actor.class_name]

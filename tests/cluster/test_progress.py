@@ -22,9 +22,14 @@ def lines_of(stream: io.StringIO, start: tuple[int, int], updates: list[tuple[fl
 
 
 def test_line_says_what_is_done_how_fast_and_what_is_left():
-    assert lines_of(io.StringIO(), (0, 0), [(6.0, 12, 196608)]) == [
-        "generate  12/25 chunks   196,608 tokens   32,768 tok/s   0:06 left"
+    assert lines_of(io.StringIO(), (0, 0), [(6.0, 6, 98304), (12.0, 12, 196608)]) == [
+        "generate  6/25 chunks   98,304 tokens   16,384 tok/s",
+        "generate  12/25 chunks   196,608 tokens   16,384 tok/s   0:13 left",
     ]
+
+
+def test_start_up_does_not_spoil_the_estimate():
+    assert lines_of(io.StringIO(), (0, 0), [(100.0, 1, 10), (101.0, 2, 20), (106.0, 7, 70)])[-1].endswith("0:18 left")
 
 
 def test_what_a_resumed_run_found_does_not_count_as_speed():

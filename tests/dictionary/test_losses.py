@@ -102,10 +102,10 @@ def test_auxk_detaches_the_error():
 def test_auxk_reconstructs_with_the_largest_dead_features_alone(gate, products):
     """Pitfall 16: no b_dec in ê, the encoder learns, alive features and the bias do not."""
     wires, k = wiring.clt([0, 1], 4), 2
-    d = make.dictionary(wires, gate, products=products, features=8)
+    d = make.dictionary(wires, gate, products=products, features=24)
     x = d.normalize_inputs(make.activations(wires, 9))
-    masks = [torch.arange(8) < 5, torch.arange(8) == 7]  # more and fewer dead than k
-    code = d.analyse(x, DeadFeatures(masks, [5, 1], k))
+    masks = [torch.arange(24) < 16, torch.arange(24) == 7]  # more and fewer dead than k
+    code = d.analyse(x, DeadFeatures(masks, [16, 1], k))
     y_hat, error_hat = d.decode_all([code.features, code.revived], x)
     torch.testing.assert_close(y_hat, d.decode(code.features, x))
 
@@ -113,6 +113,7 @@ def test_auxk_reconstructs_with_the_largest_dead_features_alone(gate, products):
     for g, group in enumerate(d.groups):
         pre = x[:, wires.read_spans(g)[0]] @ group.W_enc.T + group.b_enc
         pre = pre.detach().where(masks[g], -1).clamp(min=0)
+        assert ((pre > 0).sum(dim=1).max() > k) == (g == 0)
         chosen = pre.topk(k, dim=1)
         f = torch.zeros_like(pre).scatter(1, chosen.indices, chosen.values)
         want[:, wires.write_spans(g)[0]] += f @ group.W_dec.detach()

@@ -26,7 +26,10 @@ def reference():
     return {case: cases.run(case, Shards(), **{"dictionary.products": "dense"}) for case in cases.CASES}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+FOUR = [pytest.param(name, marks=pytest.mark.slow) for name in ("tp4", "tp2_dp2")]
+
+
+@pytest.fixture(scope="module", params=["tp2", "dp2", *FOUR])
 def parallel(request, tmp_path_factory):
     world, tp = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
@@ -37,12 +40,13 @@ def parallel(request, tmp_path_factory):
         for r in range(world)
     ]
     assert [p.wait(timeout=300) for p in ranks] == [0] * world
-    return [torch.load(folder / f"rank_{r}.pt") for r in range(world)], tp
+    saved = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(world)]
+    return [results for results, _ in saved], tp, saved[0][1]
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids="-".join)
 def test_parallel_training_equals_one_process(reference, parallel, case):
-    ranks, tp = parallel
+    ranks, tp, _ = parallel
     for name, want in reference[case].items():
         if name not in ranks[0][case]:
             assert name.endswith("explained_variance")
@@ -54,6 +58,19 @@ def test_parallel_training_equals_one_process(reference, parallel, case):
             else:
                 for got in own:
                     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids="-".join)
+def test_a_forward_pass_speaks_twice_at_most(parallel, case):
+    """Pitfall 7: one all-reduce for the reconstruction, one small collective for thresholds."""
+    _, tp, forwards = parallel
+    assert len(forwards[case]) == cases.STEPS
+    written = sum(cases.WIRINGS[case[0]].widths[s] for s in cases.WIRINGS[case[0]].written_sites)
+    for counts, sizes in forwards[case]:
+        assert counts["all_reduce"] == (tp > 1)
+        assert counts["all_gather_into_tensor"] <= ("topk" in case[1])
+        assert counts.total() == counts["all_reduce"] + counts["all_gather_into_tensor"]
+        assert sizes.get("all_reduce", 0) <= 2 * cases.ROWS * written  # with AuxK's own reconstruction in the same buffer
 
 
 def test_the_cases_exercise_dead_features_and_clipping(reference):

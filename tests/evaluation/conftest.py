@@ -1,4 +1,3 @@
-import beartype  # noqa: F401 (it cannot be imported after nnsight, which adds a method to `object`)
 import pytest
 import torch
 

@@ -9,6 +9,7 @@ the result.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -108,8 +109,7 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
             num_gpus=cluster.gpus_per_model,
         )
         written = harvested.map_batches(
-            _write,
-            fn_kwargs={"paths": paths, "dtype": config.generate.dtype},
+            functools.partial(_write, paths=paths, dtype=config.generate.dtype),
             batch_size=None,
             num_cpus=0,
             compute=TaskPoolStrategy(min(WRITERS, len(items))),

@@ -40,9 +40,8 @@ def tokenized(config: Config) -> Generator[dict[bool, Packed], None, None]:
     read = functools.partial(_read, config.text, config.generate.documents_per_task)
     with ray.data.DataContext.current(data_context(ONE_ROW)):
         documents = ray.data.read_datasource(Tasks("text", [read]), override_num_blocks=1, num_cpus=0)
-        packed = documents.map_batches(
-            _pack, batch_size=None, num_cpus=1, fn_kwargs={"model": config.model, "text": config.text}
-        )
+        pack_task = functools.partial(_pack, model=config.model, text=config.text)
+        packed = documents.map_batches(pack_task, batch_size=None, num_cpus=1)
     for batch in packed.iter_batches(batch_size=None, prefetch_batches=2):
         yield from (pickle.loads(row) for row in batch["packed"])
 
