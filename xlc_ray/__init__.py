@@ -1,12 +1,12 @@
 """Sparse dictionaries of language models, trained on Ray.
 
-    import xlc_ray as xlc
+import xlc_ray as xlc
 
-    config = xlc.load_config("configs/quickstart.yaml", {"train.lr": 3e-4})
-    xlc.generate(config)                 # text → activations
-    run = xlc.train(config)              # activations → a dictionary in run["out"]
-    xlc.evaluate(run["out"])             # eval.json, report.html
-    dictionary, config = xlc.load(run["out"])
+config = xlc.load_config("configs/quickstart.yaml", {"train.lr": 3e-4})
+xlc.generate(config)                 # text → activations
+run = xlc.train(config)              # activations → a dictionary in run["out"]
+xlc.evaluate(run["out"])             # eval.json, report.html
+dictionary, config = xlc.load(run["out"])
 """
 
 from __future__ import annotations

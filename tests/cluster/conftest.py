@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import beartype  # noqa: F401 — before nnsight, which gives `object` methods that beartype cannot hash
 import pytest
 
 from xlc_ray.config import Config, load_config

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Dictionary, Shards, Wiring
 from xlc_ray.dictionary.build import build
+from xlc_ray.dictionary.selection import Tile, cut, positions, take
+from xlc_ray.dictionary.shards import Limit
+from xlc_ray.dictionary.sparse import Support
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -48,6 +51,21 @@ def activations(wires: Wiring, rows: int, seed: int = 0) -> dict[str, torch.Tens
         spread, mean = torch.rand(2, width, generator=draw, dtype=torch.float64) * 4 + 0.5
         made[site] = torch.randn(rows, width, generator=draw, dtype=torch.float64) * spread + mean
     return made
+
+
+def support(mask: torch.Tensor) -> Support:
+    """The entries at which a mask is set."""
+    return Support(positions(mask), (mask.shape[0], mask.shape[1]))
+
+
+def within(values: torch.Tensor, limit: Limit) -> torch.Tensor:
+    """The mask of what a limit a row lets a rank keep of its candidates."""
+    tile = Tile(0, 0, values.shape[0], lambda: values)
+    picked = {0: take(tile, values, values > 0)}
+    cut(picked, [0], limit, by_token=True)
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask.view(-1)[picked[0].entry] = True
+    return mask
 
 
 @dataclass

@@ -7,6 +7,7 @@ from tests.dictionary import make
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Shards, wiring
 from xlc_ray.dictionary.build import make_gate
+from xlc_ray.dictionary.selection import Tile
 
 EPS, THETA = 0.5, 0.8
 
@@ -22,10 +23,24 @@ def topk(kind="topk", sizes=(6,), k=2, norms=None, **changes):
 
 
 def select(gate, pre, norms=None):
-    """Masks of each group, as `Dictionary.analyse` asks for them."""
-    values, norms = dict(enumerate(pre)), dict(enumerate(norms or []))
-    limits = Shards().kth_largest(gate.pools(values, norms))
-    return list(gate.support(values, norms, limits).values())
+    """Masks of each group, from tiles of two tokens."""
+    return list(masks(gate, dict(enumerate(pre)), norms).values())
+
+
+def masks(gate, pre, norms=None):
+    tokens = next(iter(pre.values())).shape[0]
+
+    def tiles(together):
+        where = [(g, first) for g in pre for first in range(0, tokens, 2)]
+        for g, first in sorted(where, key=lambda place: place[1]) if together else where:
+            yield Tile(g, first, tokens, lambda g=g, first=first: pre[g][first : first + 2])
+
+    picked, _ = gate.select(tiles, norms, 1.0, [])
+    found = {g: torch.zeros_like(p, dtype=torch.bool) for g, p in pre.items()}
+    for g, p in picked.items():
+        assert torch.equal(p.pre, pre[g].flatten()[p.entry])
+        found[g].view(-1)[p.entry] = True
+    return found
 
 
 def kept_by_sorting(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -40,7 +55,7 @@ def kept_by_sorting(scores: torch.Tensor, k: int) -> torch.Tensor:
 def test_relu():
     gate = make_gate(settings.ReluGate(), [3], Shards())
     pre = torch.tensor([[-1.0, 0.0, 2.0]])
-    mask = gate.support({0: pre}, {}, [])[0]
+    mask = masks(gate, {0: pre})[0]
     assert mask.tolist() == [[False, False, True]]
     assert gate.activate(pre, 0, None).where(mask, 0).tolist() == [[0.0, 0.0, 2.0]]
 
@@ -49,7 +64,7 @@ def test_relu():
 @pytest.mark.parametrize("training", [True, False])
 def test_jumprelu_keeps_what_exceeds_the_threshold(kind, training):
     gate, pre = jumprelu(kind, 5).train(training), make.random(40, 5)
-    f = gate.activate(pre, 0, None).where(gate.support({0: pre}, {}, [])[0], 0)
+    f = gate.activate(pre, 0, None).where(masks(gate, {0: pre})[0], 0)
     torch.testing.assert_close(f, pre * (pre > gate.threshold(0)))
     torch.testing.assert_close(
         gate.threshold(0).detach(), torch.full((5,), THETA, dtype=torch.float64), rtol=1e-6, atol=0
@@ -67,7 +82,7 @@ def test_jumprelu_gradients_by_hand(kind):
     chain = theta if kind == "log" else torch.ones_like(theta)  # dθ/dt = θ where θ = e^t
     open_, to_pre = (pre.detach() > theta).double(), 1.0 if kind == "log" else 0.0
 
-    f = gate.activate(pre, 0, None).where(gate.support({0: pre.detach()}, {}, [])[0], 0)
+    f = gate.activate(pre, 0, None).where(masks(gate, {0: pre.detach()})[0], 0)
     d_pre, d_raw = torch.autograd.grad((f * up).sum(), [pre, gate.raw_threshold[0]])
     torch.testing.assert_close(d_raw, chain * -(up * theta / EPS * kernel).sum(0))
     torch.testing.assert_close(d_pre, up * (open_ + to_pre * theta / EPS * kernel))
@@ -198,7 +213,7 @@ def test_features_are_the_selected_preactivations(kind, products):
     d = make.dictionary(wires, {"kind": kind, "k": 3}, products=products)
     x = d.normalize_inputs(make.activations(wires, 12))
     for training in (True, False):
-        code = d.train(training).analyse(x)
+        code = d.train(training).analyse(x, pre=True)
         for f, pre in zip(code.features, code.pre, strict=True):
             dense = f.dense()
             assert (dense >= 0).all()
@@ -231,12 +246,11 @@ def test_each_pool_has_its_own_threshold_and_inference_is_strictly_above_it():
     gate.finish_step(1)
     assert gate.inference_threshold.tolist() == [4.0, 0.25]
     gate.eval()
-    assert gate.pools(dict(enumerate(pre)), {}) == []
     seen = torch.tensor([[4.0, 4.5, 0.3]]).double()
-    masks = gate.support({0: seen, 1: seen}, {}, [])
-    assert masks[0].tolist() == [[False, True, False]]
-    assert masks[1].tolist() == [[True, True, True]]
-    assert gate.support({1: seen}, {}, [])[1].tolist() == [[True, True, True]]  # a group alone
+    found = masks(gate, {0: seen, 1: seen})
+    assert found[0].tolist() == [[False, True, False]]
+    assert found[1].tolist() == [[True, True, True]]
+    assert masks(gate, {1: seen})[1].tolist() == [[True, True, True]]  # a group alone
 
 
 def test_a_budget_over_groups_averages_the_smallest_kept_of_each_token():
@@ -250,11 +264,11 @@ def test_a_budget_over_groups_averages_the_smallest_kept_of_each_token():
 def test_thresholds_compare_scores_when_ranking_by_norm():
     gate = topk("batchtopk", (2,), 1, rank_by="decoder_norm", threshold_start=0, threshold_decay=0.0)
     norms = [torch.tensor([10.0, 1.0]).double()]
-    masks = select(gate, [torch.tensor([[1.0, 2.0]]).double()], norms)
-    assert masks[0].tolist() == [[True, False]]
+    found = select(gate, [torch.tensor([[1.0, 2.0]]).double()], norms)
+    assert found[0].tolist() == [[True, False]]
     gate.finish_step(1)
     assert gate.inference_threshold.tolist() == [10.0]
-    found = gate.eval().support({0: torch.tensor([[1.5, 9.0]]).double()}, {0: norms[0]}, [])
+    found = masks(gate.eval(), {0: torch.tensor([[1.5, 9.0]]).double()}, norms)
     assert found[0].tolist() == [[True, False]]
 
 

@@ -18,7 +18,7 @@ N1, N2 = torch.tensor([2.0, 0.5]).double(), torch.tensor([4.0]).double()
 
 
 def sparse_form(f: torch.Tensor) -> Features:
-    support = Support.of(f > 0)
+    support = make.support(f > 0)
     return Features(f[f > 0], f[f > 0], support)
 
 
@@ -138,7 +138,7 @@ def test_rows_of_zeros_give_finite_gradients(products):
         d.groups[0].W_dec.zero_()
         d.groups[1].W_dec[3].zero_()
     x = d.normalize_inputs(make.activations(wires, 9))
-    code = d.analyse(x, norms=True)
+    code = d.analyse(x, norms=True, pre=True)
     terms = [losses.l1(code.features, code.norms), losses.tanh(code.features, code.norms, 4.0)]
     terms += [
         losses.preactivation(code.pre, d.gate, code.norms),

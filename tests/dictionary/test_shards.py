@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.dictionary.make import within
 from xlc_ray.dictionary import Shards
-from xlc_ray.dictionary.gates import within
 from xlc_ray.dictionary.shards import Pool, _limit, largest
 
 

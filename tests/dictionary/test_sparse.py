@@ -34,7 +34,7 @@ def check(got, want):
 @example(EVERYTHING, 1)
 @example(torch.tensor([[True]]), 1)
 def test_decode_equals_dense(mask, width):
-    support, values = Support.of(mask), make.random(int(mask.sum()))
+    support, values = make.support(mask), make.random(int(mask.sum()))
     weights, up = make.random(mask.shape[1], width, seed=1), make.random(mask.shape[0], width, seed=2)
     values.requires_grad_()
     weights.requires_grad_()
@@ -52,7 +52,7 @@ def test_decode_equals_dense(mask, width):
 @example(EVERYTHING, 1)
 @example(torch.tensor([[True]]), 1)
 def test_encode_at_equals_dense(mask, width):
-    support, x = Support.of(mask), make.random(mask.shape[0], width)
+    support, x = make.support(mask), make.random(mask.shape[0], width)
     weights, bias = make.random(mask.shape[1], width, seed=1).requires_grad_(), make.random(mask.shape[1], seed=2)
     bias.requires_grad_()
     dense = x @ weights.T + bias
@@ -65,7 +65,7 @@ def test_encode_at_equals_dense(mask, width):
 
 @pytest.mark.parametrize("mask", [GAPS, EVERYTHING, NONE], ids=["gaps", "everything", "none"])
 def test_gradcheck(mask):
-    support, x = Support.of(mask), make.random(mask.shape[0], 2)
+    support, x = make.support(mask), make.random(mask.shape[0], 2)
     values, weights = make.random(int(mask.sum())).requires_grad_(), make.random(mask.shape[1], 2).requires_grad_()
     bias = make.random(mask.shape[1], seed=4).requires_grad_()
 
@@ -82,7 +82,7 @@ def test_gradcheck(mask):
 @example(NONE)
 @example(GAPS)
 def test_matrices_of_a_support(mask):
-    support, values = Support.of(mask), make.random(int(mask.sum()))
+    support, values = make.support(mask), make.random(int(mask.sum()))
     dense = torch.zeros(mask.shape, dtype=torch.float64)
     dense[mask] = values
     check(
@@ -99,7 +99,7 @@ def test_matrices_of_a_support(mask):
 def test_both_forms_of_features_agree(mask):
     pre = make.random(*mask.shape)
     values = pre.clamp(min=0).where(mask, 0)  # zeros within the support, as JumpReLU's margin has them
-    support, norms = Support.of(mask), make.random(mask.shape[1], seed=1).abs()
+    support, norms = make.support(mask), make.random(mask.shape[1], seed=1).abs()
     dense, thin = Features(values, pre), Features(values[mask], pre[mask], support)
     assert dense.shape == thin.shape == tuple(mask.shape)
     assert torch.equal(thin.dense(), values)
@@ -116,6 +116,8 @@ def test_both_forms_of_features_agree(mask):
 
 def test_sparse_products_are_chosen_for_few_entries_only():
     cpu = torch.device("cpu")
-    assert not sparse.worth_it(13, 100, cpu)
-    assert sparse.worth_it(12, 100, cpu) == torch.backends.mkl.is_available()
-    assert sparse.worth_it(12, 100, torch.device("cuda"))
+    assert not sparse.sparse_pays("auto", 13, 100, cpu)
+    assert sparse.sparse_pays("auto", 12, 100, cpu) == torch.backends.mkl.is_available()
+    assert sparse.sparse_pays("auto", 12, 100, torch.device("cuda"))
+    assert sparse.sparse_pays("sparse", 100, 100, cpu)
+    assert not sparse.sparse_pays("dense", 0, 100, cpu)

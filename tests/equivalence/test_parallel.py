@@ -70,7 +70,9 @@ def test_a_forward_pass_speaks_twice_at_most(parallel, case):
         assert counts["all_reduce"] == (tp > 1)
         assert counts["all_gather_into_tensor"] <= ("topk" in case[1])
         assert counts.total() == counts["all_reduce"] + counts["all_gather_into_tensor"]
-        assert sizes.get("all_reduce", 0) <= 2 * cases.ROWS * written  # with AuxK's own reconstruction in the same buffer
+        assert (
+            sizes.get("all_reduce", 0) <= 2 * cases.ROWS * written
+        )  # with AuxK's own reconstruction in the same buffer
 
 
 def test_the_cases_exercise_dead_features_and_clipping(reference):

@@ -11,7 +11,8 @@ Shapes: B tokens, F features of a group on this rank, R / W summed width of site
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +22,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from xlc_ray.dictionary.features import Features
-from xlc_ray.dictionary.gates import Gate, within
-from xlc_ray.dictionary.shards import Pool, Shards
-from xlc_ray.dictionary.sparse import Support, encode_at, worth_it
+from xlc_ray.dictionary.gates import Gate, Selected
+from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
+from xlc_ray.dictionary.shards import Limit, Pool, Shards
+from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, sparse_pays
 from xlc_ray.dictionary.wiring import Spans, Wiring
 
+TILE = 2**23  # pre-activations in a tile: 32 MB
 INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
 
 
@@ -70,11 +73,11 @@ class DeadFeatures:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encoding a batch gives: features, the pre-activations [B, F] they came from (with gradient), decoder norms
-    where they were asked for, and the dead features' own activations for AuxK."""
+    """What encoding a batch gives: features, and where asked for all pre-activations [B, F] (with gradient), decoder
+    norms, and the dead features' own activations for AuxK."""
 
     features: list[Features]
-    pre: list[Tensor]
+    pre: list[Tensor] | None
     norms: list[Tensor] | None
     revived: list[Features] | None
 
@@ -129,23 +132,23 @@ class Dictionary(nn.Module):
         """Features of each group."""
         return self.analyse(x).features
 
-    def analyse(self, x: Float[Tensor, "B R"], dead: DeadFeatures | None = None, norms: bool = False) -> Encoding:
-        """Features, and what the loss needs besides. One small collective at most."""
+    def analyse(
+        self, x: Float[Tensor, "B R"], dead: DeadFeatures | None = None, norms: bool = False, pre: bool = False
+    ) -> Encoding:
+        """Features, and on demand what the loss needs besides. One small collective at most, as a rule."""
         wanted = norms or self.gate.needs_norms
         lengths = [group.norms() for group in self.groups] if wanted else None
-        pre = {g: self._preactivations(g, x) for g in range(self.wiring.groups)}
-        values = {g: p.detach() for g, p in pre.items()}
-        scale = {g: n.detach() for g, n in enumerate(lengths)} if lengths else {}
-        contests = self.gate.pools(values, scale)
-        revival = _revival_pools(values, dead) if dead else {}
-        limits = self.shards.kth_largest(contests + list(revival.values())) if contests or revival else []
-        masks = self.gate.support(values, scale, limits[: len(contests)])
-        features = [self._features(g, x, pre[g], masks[g]) for g in pre]
+        every = range(self.wiring.groups)
+        whole = [self._preactivations(g, x) for g in every] if pre else None
+        rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every} if dead else {}
+        pools = {g: Pool(rivals[g], dead.k) for g in rivals if dead and dead.totals[g] > dead.k}
+        picked, limits = self._select(x, lengths, list(pools.values()))
+        features = [self._features(g, x, picked[g], whole) for g in every]
         revived = None
         if dead:
-            allowed = dict(zip(revival, limits[len(contests) :], strict=True))
-            revived = [self._revive(g, x, values[g], dead.masks[g], allowed.get(g)) for g in pre]
-        return Encoding(features, list(pre.values()), lengths, revived)
+            allowed = dict(zip(pools, limits, strict=True))
+            revived = [self._revive(g, x, rivals[g], dead.masks[g], allowed.get(g)) for g in every]
+        return Encoding(features, whole, lengths, revived)
 
     def decode(self, features: list[Features], x: Float[Tensor, "B R"]) -> Float[Tensor, "B W"]:
         """ŷ in the dictionary's units. `x` is used by skip connections only."""
@@ -175,13 +178,13 @@ class Dictionary(nn.Module):
         columns = self.wiring.columns(self.wiring.read_sites)
         raw = _join(activations, sites, self.b_dec)
         mean, scale = (torch.cat([v[columns[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
-        group = self.groups[g]
-        pre = nnf.linear((raw - mean) / scale, group.W_enc, group.b_enc)
-        values = {g: pre.detach()}
-        norms = {g: group.norms().detach()} if self.gate.needs_norms else {}
-        limits = self.shards.kth_largest(self.gate.pools(values, norms))
-        mask = self.gate.support(values, norms, limits)[g]
-        return Features(self.gate.activate(pre, g, None).where(mask, 0), pre)
+        x, group = (raw - mean) / scale, self.groups[g]
+        norms = [each.norms().detach() for each in self.groups] if self.gate.needs_norms else None
+        pre = nnf.linear(x, group.W_enc, group.b_enc)
+        tile = Tile(g, 0, x.shape[0], pre.detach)
+        (picked,) = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0].values()
+        support = Support(picked.entry, (pre.shape[0], pre.shape[1]))
+        return Features(support.dense(self.gate.activate(pre.flatten()[picked.entry], g, support.feature)), pre)
 
     def decode_site(
         self, site: str, features: Mapping[int, Features], activations: Mapping[str, Float[Tensor, "B _"]]
@@ -211,39 +214,65 @@ class Dictionary(nn.Module):
         with self._reduced_precision():
             return nnf.linear(_columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
 
-    def _features(self, g: int, x: Tensor, pre: Tensor, mask: Tensor) -> Features:
-        sparse = self.products == "sparse"
-        if self.products == "auto":
-            sparse = worth_it(int(mask.sum()), mask.numel(), mask.device)
-        if not sparse:
-            return Features(self.gate.activate(pre, g, None).where(mask, 0), pre)
-        support = Support.of(mask)
-        entries = self._encode_at(g, x, support, pre.detach())
-        return Features(self.gate.activate(entries, g, support.feature), entries, support)
+    @torch.no_grad()
+    def _select(self, x: Tensor, lengths: list[Tensor] | None, extra: list[Pool]) -> Selected:
+        """Entries of each group, chosen from tiles of pre-activations; [B, F] of all groups is never held."""
+        if self.products == "dense" and not self.gate.ranks:
+            limits = self.shards.kth_largest(extra) if extra else []
+            return dict.fromkeys(range(self.wiring.groups)), limits
+        most = 1.0 if self.products == "sparse" else BREAK_EVEN
+        return self.gate.select(functools.partial(self._tiles, x), lengths, most, extra)
 
-    def _encode_at(self, g: int, x: Tensor, support: Support, pre: Tensor) -> Tensor:
-        group = self.groups[g]
-        values = pre.flatten()[support.entry]
-        return encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, values)
+    def _tiles(self, x: Tensor, together: bool) -> Iterator[Tile]:
+        """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group."""
+        sizes = [group.b_enc.shape[0] for group in self.groups]
+        blocks = [range(len(sizes))] if together else [[g] for g in range(len(sizes))]
+        for groups in blocks:
+            rows = max(1, TILE // sum(sizes[g] for g in groups))
+            for first in range(0, x.shape[0], rows):
+                for g in groups:
+                    make = functools.partial(self._preactivations, g, x[first : first + rows])
+                    yield Tile(g, first, x.shape[0], make)
 
-    def _revive(self, g: int, x: Tensor, pre: Tensor, dead: Tensor, limit) -> Features:
-        """Activations max(pre, 0) of dead features, within the limit if there is one."""
+    def _features(self, g: int, x: Tensor, picked: Picked | None, whole: list[Tensor] | None) -> Features:
+        entries = x.shape[0] * self.groups[g].b_enc.shape[0]
+        if picked is not None and sparse_pays(self.products, picked.entry.numel(), entries, x.device):
+            support, pre = self._entries(g, x, picked.entry, picked.pre)
+            return Features(self.gate.activate(pre, g, support.feature), pre, support)
+        pre = whole[g] if whole else self._preactivations(g, x)
+        if not self.gate.ranks:
+            return Features(self.gate.activate(pre, g, None), pre)
         mask = torch.zeros_like(pre, dtype=torch.bool)
-        rivals = pre[:, dead]
-        mask[:, dead] = rivals > 0 if limit is None else within(rivals, limit)
-        support = Support.of(mask)
-        entries = self._encode_at(g, x, support, pre)
-        return Features(entries, entries, support)
+        mask.view(-1)[picked.entry] = True
+        return Features(pre.where(mask, 0), pre)
+
+    def _entries(self, g: int, x: Tensor, entry: Tensor, pre: Tensor) -> tuple[Support, Tensor]:
+        """The support of some entries, and the pre-activations there with gradient."""
+        group = self.groups[g]
+        support = Support(entry, (x.shape[0], group.b_enc.shape[0]))
+        return support, encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
+
+    @torch.no_grad()
+    def _dead_preactivations(self, g: int, x: Tensor, dead: Tensor) -> Tensor:
+        """[B, dead features of this rank]."""
+        group = self.groups[g]
+        return nnf.linear(_columns(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
+
+    def _revive(self, g: int, x: Tensor, rivals: Tensor, dead: Tensor, limit: Limit | None) -> Features:
+        """Activations max(pre, 0) of dead features, within the limit if there is one."""
+        tile = Tile(g, 0, x.shape[0], lambda: rivals)
+        picked = {g: take(tile, rivals, rivals >= (LEAST if limit is None else limit.value))}
+        if limit is not None:
+            cut(picked, [g], limit, by_token=True)
+        found, own = picked[g], max(1, rivals.shape[1])
+        entry = found.entry // own * dead.numel() + positions(dead)[found.entry % own]
+        support, pre = self._entries(g, x, entry, found.pre)
+        return Features(pre, pre, support)
 
     def _partial(self, features: list[Features]) -> Tensor:
         with self._reduced_precision():
             outs = [f.decode(group.W_dec) for f, group in zip(features, self.groups, strict=True)]
         return _AddColumns.apply(self.b_dec.shape[0], self._writes, *outs)
-
-
-def _revival_pools(pre: dict[int, Tensor], dead: DeadFeatures) -> dict[int, Pool]:
-    """Groups with more dead features than may be used choose the largest: every rank knows which groups those are."""
-    return {g: Pool(p[:, dead.masks[g]], dead.k) for g, p in pre.items() if dead.totals[g] > dead.k}
 
 
 def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 A gate answers two questions about a group's pre-activations [B, F]:
 
-    support(pre)        at which entries may f or its gradient differ from zero?   (no gradient flows here)
+    select(tiles)       at which entries may f or its gradient differ from zero?   (no gradient flows here)
     activate(pre, g)    f there, elementwise, with the gate's own parameters       (with gradient)
 
-so that f = activate(pre) on the support and 0 elsewhere, and dense and sparse products need no code of their own in a
+so that f = activate(pre) on those entries and 0 elsewhere, and dense and sparse products need no code of their own in a
 gate. A gate owns its parameters (a list with one tensor [F] a group, split like the features), has a training and an
 inference form (`module.training`), and offers the loss terms that only it can compute (`step`, `threshold`).
 """
@@ -13,37 +13,42 @@ inference form (`module.training`), and offers the loss terms that only it can c
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from xlc_ray.dictionary.selection import LEAST, Picked, Tile, Tiles, above, best_of_batch, best_of_tokens
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 
-Groups = dict[int, Tensor]
-"""Group number → one tensor."""
-Masks = dict[int, Tensor]
+Norms = list[Tensor] | None
+Selected = tuple[dict[int, Picked | None], list[Limit]]
+"""Entries of each group (None: too many to list, every entry counts), and the limits of the extra pools."""
 
 
 class Gate(nn.Module):
     """The interface. `sizes`: features of each group on this rank."""
 
+    ranks = False
+    """Whether entries are selected by rank, not by a threshold of their own; they are kept as they are (f = pre)."""
     needs_norms = False
-    """Whether `support` compares activations times decoder norms."""
+    """Whether `select` compares activations times decoder norms."""
 
     def __init__(self, sizes: list[int], shards: Shards):
         super().__init__()
         self.sizes, self.shards = sizes, shards
 
-    def pools(self, pre: Groups, norms: Groups) -> list[Pool]:
-        """What this gate must rank over all ranks before it can select (training, or exact top-k)."""
-        return []
+    def lower(self, g: int) -> Tensor | float:
+        """What pre must exceed to be selected: [F] or a number. Gates that rank entries override `select` instead."""
+        raise TypeError(f"{type(self).__name__} has no lower bound")
 
-    def support(self, pre: Groups, norms: Groups, limits: list[Limit]) -> Masks:
-        """Entries to keep: a mask [B, F] for each group given. In inference form groups may be given singly."""
-        raise TypeError(f"{type(self).__name__} has no support")
+    def select(self, tiles: Tiles, norms: Norms, most: float, extra: list[Pool]) -> Selected:
+        """Entries of the groups that `tiles` shows (in inference form they may be shown singly).
+
+        A gate by threshold gives None for a group with more than the share `most` of its entries. `extra` pools travel
+        in the same collective, if there is one."""
+        return above(tiles, self.lower, most), self.shards.kth_largest(extra) if extra else []
 
     def activate(self, pre: Tensor, g: int, feature: Tensor | None) -> Tensor:
-        """f from pre: [B, F] (`feature` None) or [n] entries of the features named."""
-        return pre
+        """f from pre: all [B, F] (`feature` None), or [n] selected entries of the features named."""
+        raise TypeError(f"{type(self).__name__} has no activation")
 
     def step(self, pre: Tensor, g: int, feature: Tensor | None) -> Tensor:
         """1[f > 0] with the gate's straight-through gradient, where it has one."""
@@ -60,8 +65,11 @@ class Gate(nn.Module):
 class ReLU(Gate):
     """f = max(pre, 0)."""
 
-    def support(self, pre: Groups, norms: Groups, limits: list[Limit]) -> Masks:
-        return {g: p > 0 for g, p in pre.items()}
+    def lower(self, g: int) -> float:
+        return 0.0
+
+    def activate(self, pre: Tensor, g: int, feature: Tensor | None) -> Tensor:
+        return torch.relu(pre)
 
 
 class JumpReLU(Gate):
@@ -81,9 +89,8 @@ class JumpReLU(Gate):
     def threshold(self, g: int) -> Tensor:
         return self.raw_threshold[g].exp() if self.log else self.raw_threshold[g]
 
-    def support(self, pre: Groups, norms: Groups, limits: list[Limit]) -> Masks:
-        margin = self.bandwidth / 2 if self.training else 0.0
-        return {g: p > self.threshold(g).detach() - margin for g, p in pre.items()}
+    def lower(self, g: int) -> Tensor:
+        return self.threshold(g).detach() - (self.bandwidth / 2 if self.training else 0.0)
 
     def activate(self, pre: Tensor, g: int, feature: Tensor | None) -> Tensor:
         theta = self.threshold(g) if feature is None else self.threshold(g)[feature]
@@ -112,6 +119,8 @@ class TopK(Gate):
     score that was kept. With a budget a token and group the k largest are taken at inference too.
     """
 
+    ranks = True
+
     def __init__(
         self,
         sizes: list[int],
@@ -131,35 +140,30 @@ class TopK(Gate):
         self.register_buffer("inference_threshold", torch.zeros(pools))
         self.register_buffer("smallest_kept", torch.zeros(pools))
 
-    def _scores(self, pre: Groups, norms: Groups) -> Groups:
-        return {g: p * norms[g] for g, p in pre.items()} if self.needs_norms else pre
+    def select(self, tiles: Tiles, norms: Norms, most: float, extra: list[Pool]) -> Selected:
+        def score(tile: Tile) -> Tensor:
+            return tile.pre * norms[tile.g] if norms is not None and self.needs_norms else tile.pre
 
-    def _contests(self, scores: Groups) -> list[Tensor]:
-        """The values [rows, n] that compete with each other."""
-        rivals = [torch.cat(list(scores.values()), dim=1)] if self.over_groups else list(scores.values())
-        return [r.reshape(1, -1) for r in rivals] if self.over_batch else rivals
-
-    def pools(self, pre: Groups, norms: Groups) -> list[Pool]:
         if self.shared and not self.training:
-            return []
-        tokens = next(iter(pre.values())).shape[0] * self.shards.replicas
-        places = self.k * tokens if self.over_batch else self.k
-        return [Pool(c, places, self.over_batch) for c in self._contests(self._scores(pre, norms))]
-
-    def support(self, pre: Groups, norms: Groups, limits: list[Limit]) -> Masks:
-        scores = self._scores(pre, norms)
-        if self.shared and not self.training:
-            theta = self.inference_threshold
-            return {g: s > theta[0 if self.over_groups else g].to(s.dtype) for g, s in scores.items()}
+            return self._above_threshold(tiles, norms), self.shards.kth_largest(extra) if extra else []
+        if self.over_batch:
+            places = self.k * next(tiles(False)).tokens * self.shards.replicas
+            found, limits, others = best_of_batch(tiles, places, score, self.over_groups, self.shards, extra)
+        else:
+            found, limits, others = best_of_tokens(tiles, self.k, score, self.over_groups, self.shards, extra)
         if self.shared:
             self.smallest_kept = torch.stack([_mean_of_finite(limit.value) for limit in limits])
-        kept = [within(c, limit) for c, limit in zip(self._contests(scores), limits, strict=True)]
-        if self.over_groups:
-            tokens, sizes = next(iter(scores.values())).shape[0], [s.shape[1] for s in scores.values()]
-            kept = list(kept[0].view(tokens, -1).split(sizes, dim=1))
-        return {
-            g: mask.view_as(scores[g]) if not self.over_groups else mask for g, mask in zip(scores, kept, strict=True)
-        }
+        return dict(found), others
+
+    def _above_threshold(self, tiles: Tiles, norms: Norms) -> dict[int, Picked | None]:
+        def lower(g: int) -> Tensor:
+            theta = self.inference_threshold[0 if self.over_groups else g]
+            return theta / norms[g].clamp(min=LEAST) if norms is not None and self.needs_norms else theta
+
+        return above(tiles, lower, most=1.0)
+
+    def activate(self, pre: Tensor, g: int, feature: Tensor | None) -> Tensor:
+        return pre
 
     def finish_step(self, step: int) -> None:
         """Move the inference threshold: to the last batch's before `start`, from then on as a running mean."""
@@ -170,17 +174,6 @@ class TopK(Gate):
             self.shards.mean_over_replicas_(latest)
         decay = self.decay if step > self.start else 0.0
         self.inference_threshold.mul_(decay).add_(latest.to(self.inference_threshold.dtype), alpha=1 - decay)
-
-
-def within(scores: Float[Tensor, "rows n"], limit: Limit) -> Bool[Tensor, "rows n"]:
-    """Entries above the limit, and of those equal to it only as many as it allows, the first ones."""
-    kept, equal = scores >= limit.value, scores == limit.value
-    surplus = equal.sum(dim=1, keepdim=True) > limit.ties
-    if surplus.any():
-        rows = surplus.squeeze(1).nonzero().squeeze(1)
-        late = equal[rows] & (equal[rows].cumsum(dim=1) > limit.ties[rows])
-        kept[rows] &= ~late
-    return kept
 
 
 def _mean_of_finite(values: Tensor) -> Tensor:

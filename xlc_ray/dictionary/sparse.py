@@ -15,10 +15,12 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+BREAK_EVEN = 1 / 8
+"""Density of features below which sparse products are faster than dense ones (tests/benchmarks/step.py measures it)."""
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -29,15 +31,6 @@ class Support:
 
     entry: Int[Tensor, "n"]
     shape: tuple[int, int]
-
-    @staticmethod
-    def of(mask: Bool[Tensor, "B F"]) -> Support:
-        """The entries at which a mask is set."""
-        if mask.device.type == "cpu":  # numpy's flatnonzero is several times faster than torch's
-            entry = torch.from_numpy(np.flatnonzero(mask.numpy()))
-        else:
-            entry = mask.flatten().nonzero().squeeze(1)
-        return Support(entry, (mask.shape[0], mask.shape[1]))
 
     @cached_property
     def feature(self) -> Int[Tensor, "n"]:
@@ -133,6 +126,8 @@ class _EncodeAt(torch.autograd.Function):
         return support.transposed(grad) @ x.to(grad.dtype), d_bias, None, None, None
 
 
-def worth_it(active: int, entries: int, device: torch.device) -> bool:
-    """Whether sparse products beat dense ones: below a density of 1/8 (measured on a CPU with MKL; see README)."""
-    return active * 8 <= entries and (device.type == "cuda" or torch.backends.mkl.is_available())
+def sparse_pays(products: str, active: int, entries: int, device: torch.device) -> bool:
+    """Whether to multiply sparsely: as told, or (`auto`) below the break-even density where the library can."""
+    if products != "auto":
+        return products == "sparse"
+    return active <= BREAK_EVEN * entries and (device.type == "cuda" or torch.backends.mkl.is_available())

@@ -83,7 +83,7 @@ class Learner:
     def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
-        code = d.analyse(x, self._dead(), self._needs_norms())
+        code = d.analyse(x, self._dead(), self._needs_norms(), self.config.train.loss.preactivation > 0)
         y_hat, *error_hat = d.decode_all([code.features] + ([code.revived] if code.revived else []), x)
         terms = self._terms(code, y_hat, y, error_hat)
         weighted = sum(weight * term for weight, term, _ in terms.values())
