@@ -110,7 +110,7 @@ def test_text_to_report(folder, settings):
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path):
-    code, out, err = finish(job(name, *words, XLC_ROOT=str(tmp_path)))
+    code, _, err = finish(job(name, *words, XLC_ROOT=str(tmp_path)))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2, err
     assert len(errors) == 1

@@ -10,7 +10,6 @@ from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Features, Shards, losses, wiring
 from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.dictionary import DeadFeatures
-from xlc_ray.dictionary.sparse import Support
 
 F1 = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).double()
 F2 = torch.tensor([[0.0], [0.5]]).double()

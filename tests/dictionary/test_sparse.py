@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tests.dictionary import make
 from xlc_ray.dictionary import Features, sparse
-from xlc_ray.dictionary.sparse import Support
 
 
 @st.composite

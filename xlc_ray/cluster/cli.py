@@ -76,8 +76,9 @@ def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> 
 
 
 def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
-    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted. Anything else is a defect of ours and keeps its
-    traceback."""
+    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
+
+    Anything else is a defect of ours and keeps its traceback."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
         print(help_text(argv, about, option))

@@ -1,4 +1,4 @@
-"""Training as a Ray Train job: worker groups of replicas × feature shards, fed by Ray Data, restarted when they fail."""
+"""Training as a Ray Train job: worker groups of replicas × feature shards, fed by Ray Data, restarted on failure."""
 
 from __future__ import annotations
 
@@ -72,11 +72,13 @@ def _fit(config: Config) -> None:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"config": config},
-            scaling_config=ScalingConfig(
+            scaling_config=ScalingConfig(  # pyrefly: ignore (two classes share the name)
                 num_workers=cluster.tensor_parallel * cluster.replicas, use_gpu=gpus, resources_per_worker=resources
             ),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(name=files.name(config.out), storage_path=files.join(config.out, "ray_train")),
+            run_config=RunConfig(  # pyrefly: ignore (likewise)
+                name=files.name(config.out), storage_path=files.join(config.out, "ray_train")
+            ),
         )
         try:
             trainer.fit()

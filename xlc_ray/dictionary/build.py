@@ -57,7 +57,8 @@ def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards)
     for g, n in enumerate(sizes):
         if (shards.size - 1) * -(-n // shards.size) >= n:
             raise UserError(
-                f"cluster.tensor_parallel: {shards.size} ranks cannot share the {n} features of group {g}: one would hold none"
+                f"cluster.tensor_parallel: {shards.size} ranks cannot share the {n} features of group {g}: "
+                "one would hold none"
             )
     k = getattr(config.gate, "k", 0)
     if k > sum(sizes):

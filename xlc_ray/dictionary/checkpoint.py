@@ -103,8 +103,8 @@ def describe(wiring: Wiring) -> dict[str, Any]:
 
 def wiring_from(plain: dict[str, Any]) -> Wiring:
     """The wiring that `describe` described."""
-    rows = [tuple(tuple(row) for row in plain[key]) for key in ("reads", "writes")]
-    return Wiring(plain["widths"], *rows, plain["skip"])
+    reads, writes = (tuple(tuple(row) for row in plain[key]) for key in ("reads", "writes"))
+    return Wiring(plain["widths"], reads, writes, plain["skip"])
 
 
 def load_dictionary(run_dir: str) -> tuple[Dictionary, Config]:

@@ -12,7 +12,7 @@ Shapes: B tokens, F features of a group on this rank, R / W summed width of site
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ class FeatureGroup(nn.Module):
 
 @dataclass(frozen=True)
 class DeadFeatures:
-    """`masks[g]` [F]: this rank's dead features; `totals[g]`: how many there are on all ranks; `k`: at most so many are used."""
+    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used."""
 
     masks: list[Bool[Tensor, "F"]]
     totals: list[int]
@@ -85,17 +85,24 @@ class Encoding:
 class Dictionary(nn.Module):
     """A sparse dictionary. `sizes[g]`: features of group g over all ranks."""
 
+    groups: Sequence[FeatureGroup]
+    W_skip: Sequence[nn.Parameter]
+    read_mean: Tensor
+    read_scale: Tensor
+    write_mean: Tensor
+    write_scale: Tensor
+
     def __init__(self, wiring: Wiring, sizes: list[int], gate: Gate, shards: Shards, products: str):
         super().__init__()
         self.wiring, self.sizes, self.gate, self.shards, self.products = wiring, sizes, gate, shards, products
         self.matmul_dtype: torch.dtype | None = None  # bfloat16: dense products under autocast
-        self.groups = nn.ModuleList(
+        self.groups = nn.ModuleList(  # pyrefly: ignore (a sequence of just these)
             FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.width(wiring.writes[g]))
             for g, (lo, hi) in enumerate(shards.bounds(n) for n in sizes)
         )
         read, written = wiring.width(wiring.read_sites), wiring.width(wiring.written_sites)
         self.b_dec = nn.Parameter(torch.zeros(written))
-        self.W_skip = nn.ParameterList(
+        self.W_skip = nn.ParameterList(  # pyrefly: ignore (likewise)
             nn.Parameter(torch.zeros(wiring.width(w), wiring.width(r)))
             for r, w in zip(wiring.reads, wiring.writes, strict=True)
             if wiring.skip
@@ -182,14 +189,15 @@ class Dictionary(nn.Module):
         norms = [each.norms().detach() for each in self.groups] if self.gate.needs_norms else None
         pre = nnf.linear(x, group.W_enc, group.b_enc)
         tile = Tile(g, 0, x.shape[0], pre.detach)
-        (picked,) = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0].values()
+        picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]
+        assert picked is not None
         support = Support(picked.entry, (pre.shape[0], pre.shape[1]))
         return Features(support.dense(self.gate.activate(pre.flatten()[picked.entry], g, support.feature)), pre)
 
     def decode_site(
         self, site: str, features: Mapping[int, Features], activations: Mapping[str, Float[Tensor, "B _"]]
     ) -> Float[Tensor, "B d"]:
-        """One written site in the model's own units, from the groups that write it. `activations`: for skip connections."""
+        """One written site in the model's own units, from the groups that write it; `activations`: for skips."""
         here = self.wiring.columns(self.wiring.written_sites)[site]
         out = self.b_dec[here]
         for g, sites in enumerate(self.wiring.writes):
@@ -242,6 +250,7 @@ class Dictionary(nn.Module):
         pre = whole[g] if whole else self._preactivations(g, x)
         if not self.gate.ranks:
             return Features(self.gate.activate(pre, g, None), pre)
+        assert picked is not None
         mask = torch.zeros_like(pre, dtype=torch.bool)
         mask.view(-1)[picked.entry] = True
         return Features(pre.where(mask, 0), pre)

@@ -12,6 +12,8 @@ inference form (`module.training`), and offers the loss terms that only it can c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -73,17 +75,20 @@ class ReLU(Gate):
 
 
 class JumpReLU(Gate):
-    """f = pre · 1[pre > θ], θ [F] learned by a straight-through gradient with the kernel K(u) = 1[|u| < ½], u = (pre - θ)/ε.
+    """f = pre · 1[pre > θ], θ [F] learned by a straight-through gradient: kernel K(u) = 1[|u| < ½], u = (pre - θ)/ε.
 
     `direct` (Rajamanoharan et al. 2024, arXiv 2407.14435): ∂f/∂θ = -(θ/ε) K, ∂f/∂pre = 1[pre > θ]; the step gives its
-    gradient -(1/ε) K to θ alone. `log` (Anthropic, January 2025): θ = exp(t), and pre receives the kernel's gradient too:
+    gradient -(1/ε) K to θ alone. `log` (Anthropic, January 2025): θ = exp(t), and pre receives the kernel's gradient:
     ∂f/∂pre = 1[pre > θ] + (θ/ε) K, ∂step/∂pre = K/ε.
     """
+
+    raw_threshold: Sequence[nn.Parameter]
 
     def __init__(self, sizes: list[int], shards: Shards, threshold: float, bandwidth: float, log: bool):
         super().__init__(sizes, shards)
         start = torch.tensor(threshold).log().item() if log else threshold
-        self.raw_threshold = nn.ParameterList([nn.Parameter(torch.full((n,), start)) for n in sizes])
+        thresholds = nn.ParameterList([nn.Parameter(torch.full((n,), start)) for n in sizes])
+        self.raw_threshold = thresholds  # pyrefly: ignore (a sequence of just these)
         self.bandwidth, self.log = bandwidth, log
 
     def threshold(self, g: int) -> Tensor:
@@ -120,6 +125,8 @@ class TopK(Gate):
     """
 
     ranks = True
+    inference_threshold: Tensor
+    smallest_kept: Tensor
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Loss terms. Scale, unless said otherwise: summed over width and written sites, summed over features, mean over tokens.
+"""Loss terms. Scale, unless said otherwise: sums over width, written sites and features, mean over tokens.
 
     reconstruction  (1/B) Σ_b Σ_s ‖y_bs - ŷ_bs‖²          (`per_dim`: each site's sum divided by its width)
     l1              (1/B) Σ f n          (Anthropic, April 2024; n = norm of the feature's decoder row, or 1)
     tanh            (1/B) Σ tanh(c f n)  (Anthropic, January 2025)
     l0              (1/B) Σ 1[pre > θ], or (L0/target - 1)²  (Rajamanoharan et al. 2024)
     preactivation   (1/B) Σ ReLU(θ - pre) n
-    auxk            ‖e - ê‖² as reconstruction, e = y - ŷ detached, ê of dead features, × min(dead/k, 1)  (Gao et al. 2024)
+    auxk            ‖e - ê‖² as reconstruction, e = y - ŷ detached, ê of dead features  (Gao et al. 2024)
 
 A term over features is this rank's part: the parts of all ranks of a replica add up to the loss.
 """
@@ -42,7 +42,7 @@ def l1(features: list[Features], norms: Norms | None) -> Float[Tensor, ""]:
         terms = [f.total(lambda v, _: v) for f in features]
     else:
         terms = [f.total(lambda v, _, n: v * n, n) for f, n in zip(features, norms, strict=True)]
-    return sum(terms) / features[0].shape[0]
+    return torch.stack(terms).sum() / features[0].shape[0]
 
 
 def tanh(features: list[Features], norms: Norms | None, c: float) -> Float[Tensor, ""]:
@@ -51,13 +51,13 @@ def tanh(features: list[Features], norms: Norms | None, c: float) -> Float[Tenso
         terms = [f.total(lambda v, _: torch.tanh(c * v)) for f in features]
     else:
         terms = [f.total(lambda v, _, n: torch.tanh(c * v * n), n) for f, n in zip(features, norms, strict=True)]
-    return sum(terms) / features[0].shape[0]
+    return torch.stack(terms).sum() / features[0].shape[0]
 
 
 def l0(features: list[Features], gate: Gate) -> Float[Tensor, ""]:
     """(1/B) Σ 1[pre > θ] with the gate's straight-through gradient, over this rank's features."""
     terms = [gate.step(f.pre, g, f.support.feature if f.support else None).sum() for g, f in enumerate(features)]
-    return sum(terms) / features[0].shape[0]
+    return torch.stack(terms).sum() / features[0].shape[0]
 
 
 def l0_to_target(features: list[Features], gate: Gate, target: float, shards: Shards) -> Float[Tensor, ""]:
@@ -68,7 +68,7 @@ def l0_to_target(features: list[Features], gate: Gate, target: float, shards: Sh
 def preactivation(pre: list[Tensor], gate: Gate, norms: Norms) -> Float[Tensor, ""]:
     """(1/B) Σ ReLU(θ - pre) n over all entries, also silent ones, of this rank."""
     terms = [(torch.relu(gate.threshold(g) - p) * n).sum() for g, (p, n) in enumerate(zip(pre, norms, strict=True))]
-    return sum(terms) / pre[0].shape[0]
+    return torch.stack(terms).sum() / pre[0].shape[0]
 
 
 def auxk(

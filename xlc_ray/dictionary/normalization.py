@@ -34,7 +34,9 @@ class SiteStatistics(Protocol):
 def affine(
     kind: str, center: bool, sites: tuple[str, ...], widths: Mapping[str, int], stats: Mapping[str, SiteStatistics]
 ) -> tuple[Float[Tensor, "W"], Float[Tensor, "W"]]:
-    """Mean and scale of each column where `sites` stand side by side, float64. Raises UserError on missing statistics."""
+    """Mean and scale of each column where `sites` stand side by side, float64.
+
+    Raises UserError on missing statistics."""
     means, scales = [], []
     for site in sites:
         d = widths[site]

@@ -46,7 +46,7 @@ group, in each the blocks of tokens in order."""
 
 @dataclass(frozen=True)
 class Picked:
-    """Entries of one group of F `features`: `entry` = token · F + feature, ascending; pre-activation and score there."""
+    """Entries of one group of F `features`: `entry` = token · F + feature, ascending; what pre and score are there."""
 
     features: int
     entry: Int[Tensor, "n"]
@@ -149,6 +149,7 @@ def best_of_batch(
 ) -> tuple[dict[int, Picked], list[Limit], list[Limit]]:
     """The `places` best positive scores of the global batch: of each group, or of all groups together (`shared`)."""
     contests: list[dict[int, list[Picked]]] = []
+    lower = LEAST
     for tile in tiles(False):
         if not contests or not (shared or tile.g in contests[-1]):
             contests.append({})

@@ -120,7 +120,7 @@ class Pool:
 
     def candidates(self) -> Float[Tensor, "rows k"]:
         """The k largest of each row, filled up with -inf."""
-        rows, n = self.values.shape
+        n = self.values.shape[1]
         if n <= self.k:
             return torch.nn.functional.pad(self.values, (0, self.k - n), value=-torch.inf)
         return largest(self.values, self.k)

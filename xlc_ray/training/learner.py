@@ -20,6 +20,8 @@ from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.training.schedules import factor
 
 Batch = Mapping[str, Tensor]
+Terms = dict[str, tuple[float, Tensor, bool]]
+"""Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
 
 
 class Diverged(RuntimeError):
@@ -52,14 +54,14 @@ class Learner:
 
     # ------------------------------------------------------------ a step
 
-    def train_step(self, batch: Batch, measure: bool) -> dict[str, Tensor | float] | None:
+    def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
         """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
         self.dictionary.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.train.accumulate
         rows = next(iter(batch.values())).shape[0]
         fired = [torch.zeros_like(s, dtype=torch.bool) for s in self.silent]
-        metrics: dict[str, Tensor | float] = {}
+        metrics: dict[str, Tensor] = {}
         for i in range(parts):
             cut = slice(rows * i // parts, rows * (i + 1) // parts)
             micro = {site: values[cut] for site, values in batch.items()}
@@ -98,7 +100,7 @@ class Learner:
             now = self._measure(code, terms, y_hat, y)
             return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
 
-    def _terms(self, code: Encoding, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]):
+    def _terms(self, code: Encoding, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]) -> Terms:
         """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
         loss, d, share = self.config.train.loss, self.dictionary, self.step
         terms = {"reconstruction": (1.0, losses.reconstruction(y_hat, y, self.weights), False)}
@@ -115,8 +117,10 @@ class Learner:
                 term = losses.l1(code.features, norms)
             terms["sparsity"] = (weight, term, s.target_l0 is None)
         if loss.preactivation:
+            assert code.pre is not None
+            assert code.norms is not None
             terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, code.norms), True)
-        if error_hat:
+        if error_hat and loss.auxk:
             dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
             terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(error_hat[0], y - y_hat, self.weights), False)
         return terms
@@ -136,11 +140,20 @@ class Learner:
 
     # ------------------------------------------------------------ after backward
 
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradient of each parameter; zero where no feature that it belongs to was active."""
+        found = {}
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            found[name] = p.grad
+        return found
+
     def _mean_over_replicas(self, fired: list[Tensor]) -> None:
         """Gradients become their mean over replicas, `fired` the union: one collective."""
         if self.shards.replica_group is None:
             return
-        grads = [p.grad for p in self.parameters.values()]
+        grads = list(self._gradients().values())
         pieces = grads + [f.to(grads[0].dtype) for f in fired]
         flat = torch.cat([p.flatten() for p in pieces])
         self.shards.mean_over_replicas_(flat)
@@ -159,11 +172,12 @@ class Learner:
         """Project for unit norm, share norms and dead counts, clip. Returns the global norm before clipping."""
         if self.config.dictionary.unit_norm:
             for group in self.dictionary.groups:
+                assert group.W_dec.grad is not None
                 along = (group.W_dec.grad * group.W_dec).sum(dim=1, keepdim=True)
                 group.W_dec.grad -= along * group.W_dec
         own, common = [], []
-        for name, p in self.parameters.items():
-            (own if self.dictionary.is_sharded(name) else common).append(p.grad)
+        for name, grad in self._gradients().items():
+            (own if self.dictionary.is_sharded(name) else common).append(grad)
         dead = [mask.sum() for mask in self._dead_masks()]
         shared = torch.stack([_square(own), *dead]).double()
         square, *totals = self.shards.total(shared).tolist()
@@ -181,7 +195,7 @@ class Learner:
         self.optimizer.step()
         if self.config.dictionary.unit_norm:
             for group in self.dictionary.groups:
-                group.W_dec /= group.norms().unsqueeze(1).clamp(min=1e-12)
+                group.W_dec.data /= group.norms().unsqueeze(1).clamp(min=1e-12)
         self.step += 1
         self.dictionary.gate.finish_step(self.step)
 

@@ -44,6 +44,7 @@ def read(run_dir: str) -> list[dict[str, Any]]:
 
 def _start_wandb(config: Config):
     settings = config.train.wandb
+    assert settings is not None
     try:
         import wandb
     except ImportError:

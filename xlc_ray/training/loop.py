@@ -75,8 +75,8 @@ def prepare(config: Config) -> int | None:
             before = load_config_text(files.read_bytes(path), path)
             if changed := _differences(before, config):
                 raise UserError(
-                    f"{config.out}: holds a run with other settings ({changed[0]}: {changed[1]!r}, now {changed[2]!r}); "
-                    "choose another --out"
+                    f"{config.out}: holds a run with other settings ({changed[0]}: {changed[1]!r}, now "
+                    f"{changed[2]!r}); choose another --out"
                 )
         else:
             files.remove(files.join(config.out, "metrics.jsonl"))
