@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xlc_ray.activations import store
-from xlc_ray.activations.text import ChunkText, Windows
+from xlc_ray.activations.windows import ChunkText, Windows
 
 SITES = {"mlp_in.0": 6, "mlp_out.0": 6, "resid_post.0": 4}
 

@@ -9,7 +9,7 @@ import torch
 
 from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
-from xlc_ray.activations.text import ChunkText, Windows
+from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.cluster import data
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.config import UserError

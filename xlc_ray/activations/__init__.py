@@ -4,5 +4,5 @@ sites.py      "mlp_in.3" → the module of a model family        text.py   docum
 harvest.py    nnsight forward → {site: tensor}                  order.py  (seed, position) → which stored rows
 store.py      the chunk directory: write, resume, open, read    source.py windows and batches of stored rows
 chunkfile.py  bytes of one chunk                                manifest.py  what a store knows about itself
-foreign.py    stores that crosslayer-coding wrote
+windows.py    token windows, rows of a chunk                   foreign.py  stores that crosslayer-coding wrote
 """

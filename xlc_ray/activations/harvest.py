@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations.chunkfile import encode, stored_dtype
-from xlc_ray.activations.text import ChunkText, from_pretrained, load_tokenizer
+from xlc_ray.activations.text import from_pretrained, load_tokenizer
+from xlc_ray.activations.windows import ChunkText
 from xlc_ray.config import Model, UserError
 
 if TYPE_CHECKING:

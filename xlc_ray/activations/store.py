@@ -17,7 +17,7 @@ from xlc_ray import files
 from xlc_ray.activations import chunkfile, foreign
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
-from xlc_ray.activations.text import ChunkText
+from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
     fingerprint,

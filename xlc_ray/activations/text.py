@@ -17,11 +17,10 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from xlc_ray.activations.documents import load_documents
+from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Model, Text, UserError
 
 __all__ = [
-    "ChunkText",
-    "Windows",
     "chunk_plan",
     "from_pretrained",
     "is_held_out",
@@ -31,38 +30,6 @@ __all__ = [
     "special_ids",
     "token_mask",
 ]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token windows int32 [n, context], padded on the right with 0, and the number of real tokens in each, [n]."""
-
-    tokens: np.ndarray
-    length: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True)
-class ChunkText:
-    """The text of one chunk: whole windows, and the (window, position) of each of its rows, in row order."""
-
-    index: int
-    windows: Windows
-    row_window: np.ndarray
-    """Window of each row within `windows`, int32 [rows]."""
-    row_position: np.ndarray
-    """Position of each row within its window, int32 [rows]."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.row_window)
-
-    def row_tokens(self) -> np.ndarray:
-        """Token id of each row, int32 [rows]."""
-        return self.windows.tokens[self.row_window, self.row_position]
 
 
 def load_tokenizer(model: Model) -> Any:

@@ -22,7 +22,7 @@ from xlc_ray import files
 from xlc_ray.activations import chunkfile
 from xlc_ray.activations.foreign import INDEX_RECORD, read_required
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
-from xlc_ray.activations.text import ChunkText, Windows
+from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Config, UserError
 
 _BLOCK = 2048  # rows that are float64 at a time

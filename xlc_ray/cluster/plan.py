@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from xlc_ray import files
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations import store
-from xlc_ray.activations.text import ChunkText, chunk_plan, load_documents, load_tokenizer
+from xlc_ray.activations.text import chunk_plan, load_documents, load_tokenizer
+from xlc_ray.activations.windows import ChunkText
 from xlc_ray.cluster.session import connect, require
 from xlc_ray.cluster.tokenize import by_split, tokenized
 from xlc_ray.config import Config, UserError

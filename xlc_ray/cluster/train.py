@@ -18,7 +18,6 @@ from xlc_ray.activations.store import Store, open_store
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.data import replica_batches
 from xlc_ray.cluster.gauges import Gauges
-from xlc_ray.cluster.generate import generate
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Shards, Wiring
@@ -35,10 +34,10 @@ def train(config: Config) -> dict[str, Any]:
     Returns the last metrics, with `out`. Raises UserError where settings, store or cluster do not allow it, Diverged
     where the loss is not finite, and what made a worker fail when `cluster.max_failures` restarts did not help.
     """
-    connect()
     config = resolve(config)
     data = _open(config)
     loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
+    connect()
     workers = config.cluster.tensor_parallel * config.cluster.replicas
     require(workers * config.cluster.cpus_per_worker, workers * config.cluster.gpus_per_worker, f"{workers} workers")
     step = loop.prepare(config)
@@ -59,6 +58,8 @@ def _open(config: Config) -> Store:
                 f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
                 "or set source.make_if_missing: true"
             )
+        from xlc_ray.cluster.generate import generate  # with its language-model libraries, which workers do not need
+
         generate(config)
     return open_store(path)
 
