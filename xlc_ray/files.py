@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from xlc_ray.config import UserError
+
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
+"""What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Make of a full disk, or of a place that cannot be written, a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        raise UserError(f"{path}: cannot be written: {os.strerror(error.errno)}; what was complete is kept") from None
 
 
 def is_url(path: str) -> bool:
@@ -56,7 +75,8 @@ def listdir(path: str) -> list[str]:
 def makedirs(path: str) -> None:
     """Make a directory and those above it."""
     fs, inner = filesystem(path)
-    fs.makedirs(inner, exist_ok=True)
+    with writing(path):
+        fs.makedirs(inner, exist_ok=True)
 
 
 def remove(path: str) -> None:
@@ -85,16 +105,17 @@ def write_bytes(path: str, data: bytes) -> None:
         fs.pipe_file(inner, data)
         return
     target = Path(local(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: str, value: Any) -> None:
@@ -105,6 +126,9 @@ def write_json(path: str, value: Any) -> None:
 def append(path: str, text: str) -> None:
     """Add text to the end of a file; nothing before it is rewritten on a local disk."""
     fs, inner = filesystem(path)
-    fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(inner, "ab") as file:
-        file.write(text.encode())
+    with writing(path):
+        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
+        with fs.open(
+            inner, "ab" if fs.exists(inner) else "wb"
+        ) as file:
+            file.write(text.encode())

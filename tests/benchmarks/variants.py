@@ -10,6 +10,8 @@ All start from the same weights, and compute the same loss and gradient; `dense`
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as nnf
@@ -95,7 +97,7 @@ class Naive:
 
     def __init__(self, like: Dictionary, config: Config):
         self.wiring, self.config, wires = like.wiring, config, like.wiring
-        self.gate = like.gate  # JumpReLU's thresholds; trained by all variants
+        self.gate = copy.deepcopy(like.gate)
         self.encoders, self.decoders = nn.ModuleList(), nn.ModuleDict()
         self.bias = nn.Parameter(like.b_dec.detach().clone())
         device = like.b_dec.device
@@ -183,6 +185,11 @@ class Dense:
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.optimizer.step()
         return loss.detach()
+
+    @torch.no_grad()
+    def loss_of(self, batch: Batch) -> float:
+        """The loss, without a step."""
+        return self._loss(batch).item()
 
     def _loss(self, batch: Batch) -> Tensor:
         d, penalty = self.like, self.config.train.loss.sparsity

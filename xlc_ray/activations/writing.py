@@ -122,7 +122,8 @@ def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: 
     for site, found in moments.items():
         if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
             raise UserError(f"{path}: chunk {index}: {site} has values that are not finite; try model.dtype float32")
-    record = chunkfile.write(path, index, arrays)
+    with files.writing(files.join(path, f"chunk_{index}")):
+        record = chunkfile.write(path, index, arrays)
     buffer = io.BytesIO()
     np.savez(
         buffer, **{f"{site}/{key}": value for site, found in moments.items() for key, value in vars(found).items()}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xlc_ray import files
@@ -40,7 +41,11 @@ def save(run_dir: str, step: int, tensors: dict[str, Tensor], facts: dict[str, A
     writer = FsspecWriter(path) if files.is_url(path) else dcp.FileSystemWriter(files.local(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        try:
+            dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        except CheckpointException as error:  # holds what each rank met
+            with files.writing(path):
+                raise next(iter(error.failures.values()))[0] from None
     if leader:
         files.write_json(files.join(path, MARKER), {"step": step, **facts})
         for old in steps(run_dir)[:-keep]:

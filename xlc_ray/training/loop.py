@@ -69,7 +69,7 @@ def prepare(config: Config) -> int | None:
 
     Raises UserError where the directory cannot be written or holds another run."""
     path = files.join(config.out, "config.yaml")
-    try:
+    with files.writing(f"out: {config.out}"):
         found = checkpoint.steps(config.out)
         if found:
             before = load_config_text(files.read_bytes(path), path)
@@ -81,8 +81,6 @@ def prepare(config: Config) -> int | None:
         else:
             files.remove(files.join(config.out, "metrics.jsonl"))
         files.write_bytes(path, config.yaml().encode())
-    except OSError as error:
-        raise UserError(f"out: {config.out} cannot be written: {error.strerror or error}") from None
     return found[-1] if found else None
 
 

@@ -1,0 +1,55 @@
+"""xlc::combine: weighted sums of rows.   out_m = Σ_{starts_m ≤ j < starts_{m+1}} v_j · rows[index_j]
+
+Shapes: n entries, M sums, N rows of width W. With entries by token this is f W_dec; by feature, fᵀ g and (∂f)ᵀ x.
+"""
+
+# Annotations are not postponed here: torch.library reads the types, also through the wrappers of the test run.
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from xlc_ray.dictionary.kernels import CHUNK, HAS_TRITON
+
+
+@torch.library.custom_op("xlc::combine", mutates_args=())
+def combine(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """[M, W] from `starts` [M+1], `index` [n] (int64), `values` [n] and `rows` [N, W] (of one dtype). No derivative."""
+    return reference(starts, index, values, rows)
+
+
+def reference(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """What `combine` means, in plain torch; no temporary of more than CHUNK elements besides the result."""
+    sums, entries, width = starts.shape[0] - 1, index.shape[0], rows.shape[1]
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    out = torch.zeros(sums, width, dtype=exact, device=rows.device)
+    owner = torch.repeat_interleave(starts.diff(), output_size=entries)
+    step = max(1, CHUNK // max(1, width))
+    for lo in range(0, entries, step):
+        here = slice(lo, lo + step)
+        out.index_add_(0, owner[here], values[here, None].to(exact) * rows[index[here]])
+    return out.to(rows.dtype)
+
+
+@combine.register_kernel("cpu")
+def _cpu(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    # An embedding bag is this very sum. It beat CSR products (MKL) on all shapes but the widest, makes no copy of a
+    # strided slice, allocates the result once where those allocate it twice, and needs no MKL.
+    rows = rows.detach() if rows.stride(1) == 1 else rows.detach().contiguous()
+    return nnf.embedding_bag(
+        index, rows, starts, mode="sum", per_sample_weights=values.detach().contiguous(), include_last_offset=True
+    )
+
+
+@combine.register_kernel("cuda")
+def _cuda(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    if not HAS_TRITON:
+        return reference(starts, index, values, rows)
+    from xlc_ray.dictionary.kernels import triton_combine  # imports Triton, which other machines need not have
+
+    return triton_combine.launch(starts, index, values, rows)
+
+
+@combine.register_fake
+def _shape(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    return rows.new_empty(starts.shape[0] - 1, rows.shape[1])
