@@ -15,7 +15,7 @@ import fsspec
 
 from xlc_ray.config import UserError
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT)
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
 
 

@@ -62,21 +62,22 @@ def run(o: argparse.Namespace) -> dict[str, Any]:
     """Everything that `--json` writes."""
     device = torch.device(o.device)
     torch.set_num_threads(o.threads)
-    rates = machine.measure(device)
-    faster = rates.flops("bfloat16") > 1.3 * rates.flops("float32")
-    dtype = o.dtype if o.dtype != "auto" else "bfloat16" if faster else "float32"
+    dtype = o.dtype if o.dtype != "auto" else machine.faster_dtype(device)
     config = variants.settings(o, dtype)
     wires = variants.wiring_of(o, config)
     work = plan.work(config, wires, o.k)
     alone = {} if o.no_memory else {name: _alone(o, name, dtype) for name in o.variants}
     batches = variants.batches(wires, o.batch, 2, device)
     # `dense` trains the engine's tensors; gradients are freed between steps
-    need = work.parameters * (12 * len({name == "naive" for name in o.variants}) + 4 + 4 * ("naive" in o.variants)) + 2e9
+    need = (
+        work.parameters * (12 * len({name == "naive" for name in o.variants}) + 4 + 4 * ("naive" in o.variants)) + 2e9
+    )
     together = len(o.variants) == 1 or need < timing.free_bytes(device)
     found: dict[str, Any] = {"losses": {}, "seconds": {}, "phases": {}, "peak": {}}
     for names in [o.variants] if together else [[name] for name in o.variants]:
         _measure(o, names, config, wires, batches, device, found)
         gc.collect()
+    rates = machine.measure(device)  # last, so that peak memory is not that of measuring
     return _results(o, dtype, rates, work, together, found, alone)
 
 

@@ -39,5 +39,4 @@ def data_context(target_bytes: int | None) -> DataContext:
     context.target_max_block_size = target_bytes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # so that a UserError is found in what Ray raises
     return context

@@ -111,7 +111,9 @@ def find_user_error(error: BaseException) -> UserError | None:
         inner = [link.__cause__, *(getattr(link, name, None) for name in ("cause", "controller_failure"))]
         inner += getattr(link, "worker_failures", {}).values()
         todo += [e for e in inner if isinstance(e, BaseException)]
-    return None
+    # Ray Data hands on of a function's exception just its text.
+    said = re.search(r"^xlc_ray\.config\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    return UserError(said.group(1)) if said else None
 
 
 def help_text(argv: list[str], about: str | None, option: str) -> str:

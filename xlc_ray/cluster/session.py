@@ -16,6 +16,9 @@ import ray.data
 from xlc_ray.config import Config, UserError
 from xlc_ray.files import local
 
+QUIET = ("Progress bars disabled", "Exception occurred in", "An exception was raised from a task", "Full stack trace")
+"""Beginnings of Ray Data's lines that a user need not see: the first is what we asked for, the others go with an
+exception that we report ourselves."""
 JOB_FILES = "runtime_resources"
 """Ray unpacks a job's working directory below a folder of this name, and deletes it after the job."""
 
@@ -69,8 +72,7 @@ def _quieten() -> None:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    # The first is what we asked for; the second precedes an exception that we raise or report ourselves.
-    return not record.getMessage().startswith(("Progress bars disabled", "Exception occurred in user code"))
+    return not record.getMessage().startswith(QUIET)
 
 
 def require(cpus: float, gpus: float, what: str) -> None:

@@ -111,6 +111,7 @@ def _decode_context(ctx, inputs, output):
 
 def _decode_backward(ctx, grad):
     values, W_dec, by_token, token, feature, order, by_feature, token_of = ctx.saved_tensors
+    grad = grad.contiguous()  # a slice of the gradient to all columns, as a rule: copied once, not by each product
     d_values = d_weights = None
     if ctx.needs_input_grad[0]:
         d_values = dots(grad, W_dec, by_token, token, feature)

@@ -104,6 +104,12 @@ def sparse_rate(device: torch.device, width: int = 4096, rows: int = 512, featur
     return 2 * rows * k * (3 * width + width // 8) / best_time(step, device)
 
 
+def faster_dtype(device: torch.device) -> str:
+    """bfloat16 where its matrix products are clearly faster, else float32."""
+    rates = {name: matmul_rate(device, getattr(torch, name), 512) for name in ("float32", "bfloat16")}
+    return "bfloat16" if rates["bfloat16"] > 1.3 * rates["float32"] else "float32"
+
+
 def measure(device: torch.device) -> Machine:
     """This machine's device, by small products and copies (seconds)."""
     rates = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}

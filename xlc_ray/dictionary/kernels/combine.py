@@ -33,11 +33,10 @@ def reference(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Te
 
 @combine.register_kernel("cpu")
 def _cpu(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    # An embedding bag is this very sum. It beat CSR products (MKL) on all shapes but the widest, makes no copy of a
-    # strided slice, allocates the result once where those allocate it twice, and needs no MKL.
-    rows = rows.detach() if rows.stride(1) == 1 else rows.detach().contiguous()
+    # An embedding bag is this very sum. CSR products (MKL) took 1 to 2 times as long on rows of up to 2048, 0.85 to 1.05
+    # times on wider ones; this needs no MKL, knows half precision, and allocates its result once where those do twice.
     return nnf.embedding_bag(
-        index, rows, starts, mode="sum", per_sample_weights=values.detach().contiguous(), include_last_offset=True
+        index, rows.detach(), starts, mode="sum", per_sample_weights=values.detach(), include_last_offset=True
     )
 
 

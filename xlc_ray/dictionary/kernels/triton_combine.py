@@ -43,7 +43,7 @@ def launch(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tenso
     tile = min(TILE, max(16, triton.next_power_of_2(width)))
     if out.numel():
         with torch.cuda.device_of(rows):
-            kernel[(sums, triton.cdiv(width, tile))](  # pyrefly: ignore[bad-argument-type]
+            kernel[(sums, triton.cdiv(width, tile))](
                 starts.contiguous(),
                 index.contiguous(),
                 values.contiguous(),
@@ -52,7 +52,7 @@ def launch(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tenso
                 width,
                 rows.stride(0),
                 TILE=tile,
-                TOGETHER=TOGETHER,
-                WIDE=rows.dtype == torch.float64,
+                TOGETHER=TOGETHER,  # pyrefly: ignore[bad-argument-type]
+                WIDE=rows.dtype == torch.float64,  # pyrefly: ignore[bad-argument-type]
             )
     return out

@@ -61,7 +61,7 @@ def launch(a: Tensor, b: Tensor, row: Tensor, column: Tensor) -> Tensor:
                 a.stride(0),
                 b.stride(0),
                 TILE=min(TILE, max(16, triton.next_power_of_2(width))),
-                TOGETHER=TOGETHER,
-                WIDE=a.dtype == torch.float64,
+                TOGETHER=TOGETHER,  # pyrefly: ignore[bad-argument-type]
+                WIDE=a.dtype == torch.float64,  # pyrefly: ignore[bad-argument-type]
             )
     return out
