@@ -161,7 +161,7 @@ def table(r: dict[str, Any]) -> str:
         line = f"{name:<10}{v['seconds']:>9.3f}{v['tokens_per_s']:>12,.0f}{f'{peak / 1e9:.2f}' if peak else '-':>9}"
         if f"speedup_over_{name}" in r:
             lo, hi = r[f"speedup_over_{name}_spread"]
-            line += f"   {r[f'speedup_over_{name}']:.2f} × ({lo:.2f} to {hi:.2f})"
+            line += f"   {r[f'speedup_over_{name}']:.2f} x ({lo:.2f} to {hi:.2f})"
         lines.append(line)
     if r["phases"]:
         total = sum(r["phases"].values())

@@ -1,8 +1,9 @@
 """Three ways to take one training step of the same dictionary, for the benchmarks.
 
-    naive    as most trainers do it: a decoder matrix for each source → target pair, dense activations, float32, plain Adam
-    dense    the best dense step: feature-major decoders stacked over targets, one product a group, selection by candidates,
-             fused Adam, bfloat16 where the hardware is faster with it
+    naive    as most trainers do it: a decoder matrix for each source → target pair, dense activations, float32, plain
+             Adam
+    dense    the best dense step: feature-major decoders stacked over targets, one product a group, selection by
+             candidates, fused Adam, bfloat16 where the hardware is faster with it
     engine   Learner.train_step, products chosen by density
 
 All start from the same weights, and compute the same loss and gradient; `dense` trains the engine's own tensors.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path)
 def test_ray_job_submit_runs_the_quickstart_from_a_copy(folder, settings, tmp_path):
     """`ray job submit --working-dir .`: relative paths would vanish with the copy, so they go below $XLC_ROOT."""
     ray = str(Path(sys.executable).with_name("ray"))
+    sockets = tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(tmp_path / "root")}
     subprocess.run(
         [
@@ -131,7 +133,7 @@ def test_ray_job_submit_runs_the_quickstart_from_a_copy(folder, settings, tmp_pa
             "--num-cpus=2",
             "--dashboard-port=8299",
             "--temp-dir",
-            str(tmp_path / "ray"),
+            sockets,
         ],
         env=env,
         check=True,

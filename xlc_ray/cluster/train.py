@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray.train
@@ -82,7 +84,8 @@ def _fit(config: Config) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible():
+                trainer.fit()
             return
         except (TrainingFailedError, RayError) as error:
             if mistake := find_user_error(error):
@@ -90,6 +93,20 @@ def _fit(config: Config) -> None:
             if not left or "Diverged" in str(error):
                 raise
             print(f"train: {_reason(error)}; going on from the last checkpoint ({left} restarts left)", flush=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: Ray Train takes the signal over, stops its workers and exits the process."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _reason(error: Exception) -> str:

@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from xlc_ray.dictionary.kernels import HAS_TRITON
-from xlc_ray.dictionary.kernels.combine import combine
+from xlc_ray.dictionary.kernels.combine import combine, combine_into
 from xlc_ray.dictionary.kernels.dots import dots
+from xlc_ray.dictionary.recycling import gradient_memory
 
 BREAK_EVEN = 1 / 8
 """Density of features below which sparse products are faster than dense ones (tests/benchmarks/step.py measures it)."""
@@ -116,7 +117,7 @@ def _decode_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         d_values = dots(grad, W_dec, by_token, token, feature)
     if ctx.needs_input_grad[1]:
-        d_weights = combine(by_feature, token_of, values[order], grad)
+        d_weights = _weight_gradient(W_dec, by_feature, token_of, values[order], grad)
     return d_values, d_weights, None, None, None, None, None, None
 
 
@@ -136,20 +137,29 @@ def _(W_enc, b_enc, x, pre, order, by_feature, token_of):
 
 
 def _encode_at_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[2:3], *inputs[4:])
+    W_enc, _, x, _, *index = inputs
+    ctx.save_for_backward(W_enc, x, *index)
 
 
 def _encode_at_backward(ctx, grad):
-    x, order, by_feature, token_of = ctx.saved_tensors
+    W_enc, x, order, by_feature, token_of = ctx.saved_tensors
     grad = grad[order]
-    d_weights = combine(by_feature, token_of, grad, x.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-    d_bias = None
+    d_weights = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_weights = _weight_gradient(W_enc, by_feature, token_of, grad, x.to(grad.dtype))
     if ctx.needs_input_grad[1]:
         d_bias = combine(by_feature, token_of, grad, grad.new_ones(x.shape[0], 1)).squeeze(1)
     return d_weights, d_bias, None, None, None, None, None
 
 
 _encode_at.register_autograd(_encode_at_backward, setup_context=_encode_at_context)
+
+
+def _weight_gradient(weight: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """`combine` in the memory of the weight's last gradient."""
+    out = gradient_memory(weight)
+    combine_into(out, starts, index, values, rows)
+    return out
 
 
 def sparse_pays(products: str, active: int, entries: int, device: torch.device) -> bool:

@@ -20,8 +20,8 @@ T = 1e12
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: FLOP/s of matrix products by precision, FLOP/s of sparse products, bytes/s of memory, of the link to its
-    neighbours in a node and to other nodes, bytes of memory, and devices a node."""
+    """A device: FLOP/s of matrix products by precision and of sparse products; bytes/s of memory, of the link to its
+    neighbours in a node, and of the network between nodes; bytes of memory; devices a node."""
 
     name: str
     matmul: dict[str, float]
@@ -38,8 +38,8 @@ class Machine:
 
 
 def _gpu(name: str, float32: float, bfloat16: float, bandwidth: float, link: float, memory: float) -> Machine:
-    """From data-sheet figures: dense products reach about 0.7 of theirs, memory about 0.85. A sparse product reads a row
-    of weights for two FLOPs an element, half of it from cache."""
+    """From data-sheet figures: dense products reach about 0.7 of theirs, memory about 0.85. A sparse product does two
+    FLOPs with each element that it reads, of which about half come from cache."""
     reached = 0.85 * bandwidth
     rates = {"float32": 0.8 * float32, "bfloat16": 0.7 * bfloat16, "float64": 0.4 * float32}
     return Machine(name, rates, reached, reached, 0.7 * link, 40 * GB, memory, 8)

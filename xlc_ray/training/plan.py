@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.dictionary import BatchTopKGate, TopKGate
 from xlc_ray.dictionary.dictionary import TILE
 from xlc_ray.dictionary.selection import SLACK
 from xlc_ray.dictionary.sparse import BREAK_EVEN
@@ -77,10 +78,11 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
     """What a step has to do. `active`: features a token, of all groups together, where the gate does not say."""
     d, train = config.dictionary, config.train
     gate, loss = d.gate, train.loss
-    k = getattr(gate, "k", None)
-    target = loss.sparsity.target_l0 if loss.sparsity else None
-    each = (k if gate.pool == "group" else k / wires.groups) if k else None
-    each = each or (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
+    if isinstance(gate, TopKGate | BatchTopKGate):
+        each = gate.k / (1 if gate.pool == "group" else wires.groups)
+    else:
+        target = loss.sparsity.target_l0 if loss.sparsity else None
+        each = (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
     groups = []
     for reads, writes in zip(wires.reads, wires.writes, strict=True):
         share = min(each, d.features) / d.features

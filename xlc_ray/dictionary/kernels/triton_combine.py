@@ -35,11 +35,11 @@ def kernel(
     tl.store(out + m * width + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """xlc::combine of CUDA tensors (of CPU tensors in Triton's interpreter)."""
+def launch(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """xlc::combine of CUDA tensors (of CPU tensors in Triton's interpreter), in new memory or over `out` [M, W]."""
     sums, width = starts.shape[0] - 1, rows.shape[1]
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = rows.new_empty(sums, width)
+    out = rows.new_empty(sums, width) if out is None else out
     tile = min(TILE, max(16, triton.next_power_of_2(width)))
     if out.numel():
         with torch.cuda.device_of(rows):
