@@ -66,6 +66,20 @@ def test_cpu_kernels_equal_the_references(problem, chunk):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@settings(deadline=None, max_examples=30)
+@given(problems(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@example((NONE, 3), torch.float64)
+def test_what_memory_held_does_not_matter(problem, dtype):
+    support, width = problem
+    values, _, by_token = (t.to(dtype) for t in operands(support, width))
+    order, starts, token = support.by_feature
+    args = (starts, token, values[order], by_token)
+    out = torch.full((support.shape[1], width), float("nan"), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        combine.combine_into(out, *args)
+    torch.testing.assert_close(out, combine.reference(*args))
+
+
 def test_references_mean_the_dense_products():
     values, by_feature, by_token = operands(SOME, 6)
     f = SOME.dense(values)
@@ -89,6 +103,9 @@ def test_operators_keep_the_rules(support):
     torch.library.opcheck(combine.combine, (support.by_token, support.feature, values, by_feature))
     torch.library.opcheck(dots.dots, (by_token, by_feature, support.by_token, support.token, support.feature))
     index = (support.by_token, support.token, support.feature, *support.by_feature)
+    out = torch.full_like(by_feature, float("nan"))
+    order, starts, token = support.by_feature
+    torch.library.opcheck(combine.combine_into, (out, starts, token, values[order], by_token))
     values.requires_grad_()
     torch.library.opcheck(_decode, (values, by_feature.requires_grad_(), *index))
     bias = make.random(support.shape[1]).requires_grad_()

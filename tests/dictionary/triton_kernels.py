@@ -45,7 +45,11 @@ def test_combine(shape, dtype, layout):
     starts, _, column = entries(tokens, features, density)
     values, rows = random(len(column), dtype=dtype), random(features, width, dtype=dtype)
     got = triton_combine.launch(starts, column, values, layout(rows))
-    torch.testing.assert_close(got, combine.reference(starts, column, values, rows))
+    want = combine.reference(starts, column, values, rows)
+    torch.testing.assert_close(got, want)
+    out = torch.full_like(got, float("nan"))
+    assert triton_combine.launch(starts, column, values, layout(rows), out) is out
+    torch.testing.assert_close(out, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,7 +25,9 @@ from xlc_ray.dictionary.kernels.dots import dots
 from xlc_ray.dictionary.recycling import gradient_memory
 
 BREAK_EVEN = 1 / 8
-"""Density of features below which sparse products are faster than dense ones (tests/benchmarks/step.py measures it)."""
+"""Density of features below which sparse products are taken. Processor time of both products with all gradients, dense over
+sparse in float32, at densities 1/16, 1/8 and 1/6: 3.3, 1.5, 1.3 (B=1024, F=1024, R=128, W=512), 4.0, 2.0, 1.3 (B=1024,
+F=3072, R=W=768) and 2.0, 1.0, 0.8 (B=512, F=3072, R=384, W=2304): at 1/8 they pay nowhere less than dense ones."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Work:
     extra: int
     """Parameters besides encoders and decoders."""
     clip: bool
-    auxk: bool
+    known: bool
+    """Whether the gate says how many features are active."""
     number: int
     """Bytes of a parameter."""
 
@@ -63,6 +64,16 @@ class Work:
     def parameters(self) -> int:
         """Of the whole dictionary."""
         return self.extra + sum(g.features * (g.read + g.written + 1) for g in self.groups)
+
+    @property
+    def active(self) -> list[float]:
+        """Features a token whose products are computed, of each group."""
+        return [g.active for g in self.groups]
+
+    @property
+    def dense_flops(self) -> float:
+        """FLOPs of a token if every feature took part."""
+        return sum(2 * g.features * (2 * g.read + 3 * g.written) for g in self.groups)
 
     @property
     def flops(self) -> dict[str, float]:
@@ -78,10 +89,11 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
     """What a step has to do. `active`: features a token, of all groups together, where the gate does not say."""
     d, train = config.dictionary, config.train
     gate, loss = d.gate, train.loss
+    target = loss.sparsity.target_l0 if loss.sparsity else None
+    known = isinstance(gate, TopKGate | BatchTopKGate) or target is not None
     if isinstance(gate, TopKGate | BatchTopKGate):
         each = gate.k / (1 if gate.pool == "group" else wires.groups)
     else:
-        target = loss.sparsity.target_l0 if loss.sparsity else None
         each = (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
     groups = []
     for reads, writes in zip(wires.reads, wires.writes, strict=True):
@@ -100,7 +112,7 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
         wires.width(wires.sites),
         extra,
         train.clip_norm is not None,
-        loss.auxk is not None,
+        known,
         8 if train.precision == "float64" else 4,
     )
 
