@@ -15,7 +15,8 @@ import fsspec
 
 from xlc_ray.config import UserError
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
+_PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, *_PLACES)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
 
 
@@ -128,7 +129,5 @@ def append(path: str, text: str) -> None:
     fs, inner = filesystem(path)
     with writing(path):
         fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(
-            inner, "ab" if fs.exists(inner) else "wb"
-        ) as file:
+        with fs.open(inner, "ab" if fs.exists(inner) else "wb") as file:
             file.write(text.encode())
