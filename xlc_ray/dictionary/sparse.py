@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BREAK_EVEN = 1 / 8
-"""Density of features below which sparse products are taken: on a CPU with MKL they took a twentieth of the time at 1 %."""
+"""Density below which sparse products are taken: on a CPU with MKL they take a twentieth of the time at 1 %."""
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
