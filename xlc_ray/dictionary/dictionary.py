@@ -237,7 +237,7 @@ class Dictionary(nn.Module):
         blocks = [range(len(sizes))] if together else [[g] for g in range(len(sizes))]
         for groups in blocks:
             rows = max(1, TILE // sum(sizes[g] for g in groups))
-            for first in range(0, x.shape[0], rows):
+            for first in range(0, max(1, x.shape[0]), rows):  # without tokens: one empty tile
                 for g in groups:
                     make = functools.partial(self._preactivations, g, x[first : first + rows])
                     yield Tile(g, first, x.shape[0], make)
