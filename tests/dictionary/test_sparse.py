@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.dictionary import make
 from xlc_ray.dictionary import Features, sparse
+from xlc_ray.dictionary.kernels import HAS_TRITON
 
 
 @st.composite
@@ -80,15 +81,53 @@ def test_gradcheck(mask):
 @given(masks())
 @example(NONE)
 @example(GAPS)
-def test_matrices_of_a_support(mask):
+def test_orders_of_a_support(mask):
     support, values = make.support(mask), make.random(int(mask.sum()))
     dense = torch.zeros(mask.shape, dtype=torch.float64)
     dense[mask] = values
-    check(
-        [support.dense(values), support.matrix(values).to_dense(), support.transposed(values).to_dense()],
-        [dense, dense, dense.T],
-    )
+    check([support.dense(values)], [dense])
     assert torch.equal(torch.stack([support.token, support.feature], 1), mask.nonzero())
+    assert torch.equal(support.by_token.diff(), mask.sum(1))
+    order, starts, token = support.by_feature
+    assert torch.equal(torch.stack([support.feature[order], token], 1), mask.T.nonzero())
+    assert torch.equal(starts.diff(), mask.sum(0))
+    assert support.by_token[0] == starts[0] == 0
+
+
+def test_without_gradients_nothing_is_sorted():
+    support, weights = make.support(GAPS), make.random(3, 2).requires_grad_()
+    values = make.random(int(GAPS.sum()))
+    with torch.no_grad():
+        sparse.decode(values, support, weights)
+        sparse.encode_at(make.random(4, 2), weights, weights[:, 0], support, values)
+    assert "by_feature" not in vars(support)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("up", ["columns", "one number", "transposed"])
+def test_any_precision_and_layout_of_gradients(dtype, up):
+    mask = make.random(40, 30, seed=5) > 0.8
+    support, exact = make.support(mask), torch.float64
+    values, weights = make.random(int(mask.sum())).to(dtype), make.random(30, 25, seed=1).to(dtype)
+    grad = make.random(40, 70, seed=2).to(dtype)
+    grad = {"columns": grad[:, 20:45], "one number": grad[0, 0].expand(40, 25), "transposed": grad.T[:40, :25]}[up]
+    values.requires_grad_()
+    weights.requires_grad_()
+    out = sparse.decode(values, support, weights)
+    got = [out, *torch.autograd.grad(out, [values, weights], grad)]
+    dense, weights, grad = support.dense(values.detach()).to(exact), weights.detach().to(exact), grad.to(exact)
+    for a, b in zip(got, [dense @ weights, (grad @ weights.T)[mask], dense.T @ grad], strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype))
+
+
+def test_autocast_does_not_reach_the_products():
+    values, weights = make.random(int(GAPS.sum())).float(), make.random(3, 2).float().requires_grad_()
+    support = make.support(GAPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sparse.decode(values, support, weights)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, support.dense(values) @ weights)
 
 
 @settings(deadline=None, max_examples=30)
@@ -116,7 +155,7 @@ def test_both_forms_of_features_agree(mask):
 def test_sparse_products_are_chosen_for_few_entries_only():
     cpu = torch.device("cpu")
     assert not sparse.sparse_pays("auto", 13, 100, cpu)
-    assert sparse.sparse_pays("auto", 12, 100, cpu) == torch.backends.mkl.is_available()
-    assert sparse.sparse_pays("auto", 12, 100, torch.device("cuda"))
+    assert sparse.sparse_pays("auto", 12, 100, cpu)
+    assert sparse.sparse_pays("auto", 12, 100, torch.device("cuda")) == HAS_TRITON
     assert sparse.sparse_pays("sparse", 100, 100, cpu)
     assert not sparse.sparse_pays("dense", 0, 100, cpu)

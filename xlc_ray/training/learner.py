@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from xlc_ray.config import Config
 from xlc_ray.dictionary import checkpoint, losses
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
+from xlc_ray.dictionary.recycling import forget_gradients
 from xlc_ray.training.schedules import factor
 
 Batch = Mapping[str, Tensor]
@@ -41,7 +43,7 @@ class Learner:
         self.parameters = dict(dictionary.named_parameters())
         options = {"lr": train.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
         kind = torch.optim.AdamW if train.optimizer.kind == "adamw" else torch.optim.Adam
-        self.optimizer = kind(
+        self.optimizer: Any = kind(  # torch declares no `grad_scale`, which its own GradScaler sets
             self.parameters.values(), weight_decay=train.optimizer.weight_decay, fused=True, **options
         )
         self.silent = [torch.zeros_like(g.b_enc, dtype=torch.int64) for g in dictionary.groups]
@@ -57,7 +59,7 @@ class Learner:
     def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
         """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
         self.dictionary.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        forget_gradients(self.parameters.values())
         parts = self.config.train.accumulate
         rows = next(iter(batch.values())).shape[0]
         fired = [torch.zeros_like(s, dtype=torch.bool) for s in self.silent]
@@ -184,8 +186,9 @@ class Learner:
         self.dead_totals = [int(n) for n in totals]
         norm = math.sqrt(square + (_square(common).item() if common else 0.0))
         limit = self.config.train.clip_norm
-        if limit is not None and norm > limit:
-            torch._foreach_mul_(own + common, limit / norm)
+        clipped = limit is not None and norm > limit
+        # The fused optimizer divides each gradient by this as it reads it: clipping takes no pass of its own.
+        self.optimizer.grad_scale = torch.tensor(norm / limit, device=self.device) if clipped else None
         return norm
 
     @torch.no_grad()

@@ -1,0 +1,111 @@
+"""The plan of a run in words: what `jobs/plan.py` prints, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from transformers import AutoConfig
+
+from xlc_ray.activations import sites
+from xlc_ray.activations.text import from_pretrained
+from xlc_ray.config import Config, UserError
+from xlc_ray.dictionary.build import make_wiring
+from xlc_ray.dictionary.wiring import Wiring
+from xlc_ray.progress import duration
+from xlc_ray.training import plan
+from xlc_ray.training.machine import GB, GPUS, Machine, measure
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) -> Iterator[str]:
+    """Lines: the dictionary, its cost, the disk it needs, and the layouts that fit, fastest first.
+
+    `gpu`: one of GPUS, or None for this machine's processors, which are measured first. Raises UserError where the
+    model is not known or nothing fits."""
+    if gpu is not None and gpu not in GPUS:
+        raise UserError(f"--gpu: {gpu!r} is not known; allowed: {', '.join(GPUS)}")
+    if nodes < 1 or (gpu is None and nodes > 1):
+        raise UserError(f"--nodes: {nodes}; allowed: {'1 or more' if gpu else '1 without --gpu'}")
+    model = from_pretrained(AutoConfig, config.model, "configuration")
+    wires = make_wiring(config.dictionary.wiring, sites.num_layers(model), sites.width(model))
+    load = plan.work(config, wires, active)
+    stored = _bytes_of_token(config, wires, sites.width(model))
+    yield from _cost(config, load)
+    tokens = config.generate.tokens + config.generate.held_out_tokens
+    yield f"disk          {tokens * stored / GB:,.1f} GB of activations: {tokens:,} tokens of {stored:,} bytes"
+    read = BYTES[config.generate.dtype] * load.stored
+    device = measure(torch.device("cpu")) if gpu is None else GPUS[gpu]
+    found = _here(config, load, device, read) if gpu is None else _everywhere(config, load, device, nodes, read)
+    for each in found:
+        yield _line(config, load, each)
+
+
+def _bytes_of_token(config: Config, wires: Wiring, width: int) -> int:
+    """What a token takes on disk."""
+    chosen = config.generate.sites
+    return BYTES[config.generate.dtype] * (wires.width(wires.sites) if chosen is None else width * len(chosen))
+
+
+def _cost(config: Config, load: plan.Work) -> Iterator[str]:
+    d, flops, batch = config.dictionary, load.flops, config.train.batch_tokens
+    sparse = [g for g in load.groups if g.sparse]
+    yield (
+        f"dictionary    {d.wiring.kind}, {d.gate.kind}: {len(load.groups)} groups of {d.features:,} features, "
+        f"{load.parameters / 1e6:,.1f}M parameters"
+    )
+    which = "all" if len(sparse) == len(load.groups) else "no" if not sparse else str(len(sparse))
+    yield (
+        f"active        {sum(load.active):,.0f} features a token"
+        f"{'' if load.known else ' (a guess: --active says otherwise)'}; sparse products in {which} groups"
+    )
+    yield (
+        f"FLOPs a token {flops['encode'] / 1e6:,.1f}M to encode, {(flops['sparse'] + flops['dense']) / 1e6:,.1f}M in "
+        f"all products of active features ({load.dense_flops / sum(flops.values()):.1f} x as many if all were dense)"
+    )
+    moved = load.number * load.parameters * (8 + load.clip)
+    yield (
+        f"bytes a token {moved / batch / 1e6:,.2f} MB of weights, gradients and moments "
+        f"({moved / GB:,.1f} GB a step of {batch:,} tokens)"
+    )
+
+
+def _everywhere(config: Config, load: plan.Work, device: Machine, nodes: int, read: float) -> list[plan.Layout]:
+    """All layouts that fill the nodes."""
+    return plan.layouts(config, load, device, nodes * device.node, read)
+
+
+def _here(config: Config, load: plan.Work, device: Machine, read: float) -> list[plan.Layout]:
+    """The layout of the settings, whose ranks share this machine."""
+    t, r = config.cluster.tensor_parallel, config.cluster.replicas
+    ranks = t * r
+    part = replace(
+        device,
+        matmul={name: rate / ranks for name, rate in device.matmul.items()},
+        gather=device.gather / ranks,
+        bandwidth=device.bandwidth / ranks,
+        node=ranks,
+    )
+    found = plan.layout(config, load, part, t, r, read)
+    room = plan.USABLE * device.memory
+    if found.bytes * ranks > room:
+        raise UserError(
+            f"plan: {ranks} ranks of {found.bytes / GB:.1f} GB do not fit into {room / GB:.1f} GB of this machine's "
+            f"memory; make dictionary.features or train.batch_tokens smaller, or plan with --gpu {'|'.join(GPUS)}"
+        )
+    return [found]
+
+
+def _line(config: Config, load: plan.Work, found: plan.Layout) -> str:
+    seconds = found.prediction.seconds
+    p = found.prediction
+    parts = {"encode": p.encode, "select": p.select, "products": p.products, "optimizer": p.optimizer}
+    parts |= {"communication": p.communication, "data": p.data}
+    shares = ", ".join(f"{name} {s:.3g} s" for name, s in parts.items() if s)
+    return (
+        f"tp {found.tensor_parallel} x {found.replicas} replicas: {found.bytes / GB:.1f} GB a rank, "
+        f"{load.tokens / seconds:,.0f} tokens/s, {duration(seconds * config.train.steps)} for all steps; "
+        f"{p.binds} binds ({shares})"
+    )
