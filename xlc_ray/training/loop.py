@@ -155,11 +155,11 @@ def _steps(
     first, rows = learner.step, train.batch_tokens // learner.shards.replicas
     widths = {site: wiring.widths[site] for site in wiring.sites}
     dtype = getattr(torch, data.dtype)
-    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards)
+    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
     while learner.step < train.steps:
         asked = time.perf_counter()
-        batch = {site: values.to(device, non_blocking=True) for site, values in next(batches).items()}
+        batch = next(batches)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
         measure = last or learner.step == first or (learner.step + 1) % train.log_every == 0
