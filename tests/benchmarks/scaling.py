@@ -107,7 +107,7 @@ def _row(o: argparse.Namespace, point: int, seconds: float) -> dict[str, Any]:
         "tokens_per_s": o.batch / seconds,
         "parameters": load.parameters,
         "work": o.batch * load.flops["encode"],
-        "peak_bytes": None if o.no_memory else step.alone(o, "engine", _dtype(o)),
+        "peak_bytes": None if o.no_memory else step.peak_of(o, "engine", _dtype(o)),
     }
 
 

@@ -74,15 +74,12 @@ def test_products_are_planned_as_they_are_dispatched():
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, "arithmetic"),
-        ({"bandwidth": 0.01 * GB}, "optimizer"),
-        ({"link": 1e-4 * GB}, "communication"),
-    ],
+    ("tokens", "change", "expected"),
+    [(1024, {}, "arithmetic"), (8, {}, "optimizer"), (1024, {"link": 1e-4 * GB}, "communication")],
 )
-def test_what_is_slowest_binds(change, expected):
-    load = work_of(settings(**{"dictionary.features": 4096, "dictionary.gate": {"kind": "topk", "k": 32}}))
+def test_what_is_slowest_binds(tokens, change, expected):
+    features = {"dictionary.features": 4096, "dictionary.gate": {"kind": "topk", "k": 32}}
+    load = work_of(settings(**features, **{"train.batch_tokens": tokens}))
     found = plan.predict(load, replace(SLOW, **change), "float32", tensor_parallel=2)
     assert found.binds == expected
 
