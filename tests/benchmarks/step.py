@@ -141,7 +141,7 @@ def _results(o, dtype: str, rates, work, together: bool, found: dict, alone: dic
         "roofline": {"seconds": sum(ideal.values()), "phases": ideal},
         "roofline_share": sum(ideal.values()) / median[main],
         "machine": {"matmul": rates.matmul, "bandwidth": rates.bandwidth, "gather": rates.gather},
-        "predicted_seconds": plan.predict(work, rates, dtype, o.tp).seconds,
+        "predicted_seconds": plan.predict(work, rates, dtype, o.tp, 1).seconds,
     }
     for other in ("naive", "dense"):
         if other in seconds and "engine" in seconds:

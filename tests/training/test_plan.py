@@ -46,7 +46,7 @@ def test_parameters_and_states_are_those_of_the_real_thing(wiring, gate):
     assert load.parameters == sum(p.numel() for p in made.parameters())
     learner = Learner(made, config)
     states = [s for name, s in learner.state().items() if name.startswith("optimizer.") and s.dim()]
-    held = plan.memory(load)
+    held = plan.memory(load, 1, 1, 1)
     assert held["gradients and optimizer"] == 4 * load.parameters + sum(s.nbytes for s in states)
 
 
@@ -80,14 +80,14 @@ def test_products_are_planned_as_they_are_dispatched():
 def test_what_is_slowest_binds(tokens, change, expected):
     features = {"dictionary.features": 4096, "dictionary.gate": {"kind": "topk", "k": 32}}
     load = work_of(settings(**features, **{"train.batch_tokens": tokens}))
-    found = plan.predict(load, replace(SLOW, **change), "float32", tensor_parallel=2)
+    found = plan.predict(load, replace(SLOW, **change), "float32", tensor_parallel=2, replicas=1)
     assert found.binds == expected
 
 
 def test_reading_binds_only_where_it_is_slower_than_the_step():
     load = work_of(settings())
-    alone = plan.predict(load, SLOW, "float32")
-    fed = plan.predict(load, SLOW, "float32", data=plan.DATA_RATE * 10 * alone.seconds / load.tokens)
+    alone = plan.predict(load, SLOW, "float32", 1, 1)
+    fed = plan.predict(load, SLOW, "float32", 1, 1, data=plan.DATA_RATE * 10 * alone.seconds / load.tokens)
     assert alone.binds != "data"
     assert fed.binds == "data"
     assert fed.seconds == pytest.approx(10 * alone.seconds)
@@ -95,12 +95,12 @@ def test_reading_binds_only_where_it_is_slower_than_the_step():
 
 def test_only_ranks_that_share_work_speak():
     load = work_of(settings())
-    assert plan.predict(load, SLOW, "float32").communication == 0
-    halves = plan.predict(load, SLOW, "float32", tensor_parallel=2)
+    assert plan.predict(load, SLOW, "float32", 1, 1).communication == 0
+    halves = plan.predict(load, SLOW, "float32", tensor_parallel=2, replicas=1)
     assert halves.communication == pytest.approx(load.tokens * load.written * 4 / SLOW.link)
-    copies = plan.predict(load, SLOW, "float32", replicas=2)
+    copies = plan.predict(load, SLOW, "float32", tensor_parallel=1, replicas=2)
     assert copies.communication == pytest.approx(load.parameters * 4 / SLOW.link)
-    assert halves.encode == pytest.approx(plan.predict(load, SLOW, "float32").encode / 2)
+    assert halves.encode == pytest.approx(plan.predict(load, SLOW, "float32", 1, 1).encode / 2)
 
 
 def test_layouts_that_fit_come_fastest_first():
@@ -134,7 +134,8 @@ def test_the_roofline_is_below_every_prediction():
         load = work_of(settings(**changes), layers, width)
         for device in (SLOW, *GPUS.values()):
             assert (
-                sum(plan.roofline(load, device, "bfloat16").values()) < plan.predict(load, device, "bfloat16").seconds
+                sum(plan.roofline(load, device, "bfloat16").values())
+                < plan.predict(load, device, "bfloat16", 1, 1).seconds
             )
 
 

@@ -120,7 +120,7 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
 # ---------------------------------------------------------------- memory
 
 
-def memory(load: Work, tensor_parallel: int = 1, replicas: int = 1, accumulate: int = 1) -> dict[str, float]:
+def memory(load: Work, tensor_parallel: int, replicas: int, accumulate: int) -> dict[str, float]:
     """Bytes of a rank at the worst moment of a step, by what they are for."""
     rows = load.tokens / replicas / accumulate
     own = -(-load.parameters // tensor_parallel)
@@ -196,7 +196,7 @@ class Prediction:
 
 
 def predict(
-    load: Work, device: Machine, precision: str, tensor_parallel: int = 1, replicas: int = 1, data: float = 0.0
+    load: Work, device: Machine, precision: str, tensor_parallel: int, replicas: int, data: float = 0.0
 ) -> Prediction:
     """Time of a step on tensor_parallel × replicas devices. `data`: bytes to read for a token, 0 = they are at hand."""
     ranks, tokens = tensor_parallel * replicas, load.tokens
