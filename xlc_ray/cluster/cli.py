@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -75,16 +76,43 @@ def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> 
     _run(lambda argv: main(*words_of(argv, "--run")), about, "--run")
 
 
-def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
-    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
+class Options(argparse.ArgumentParser):
+    """The options of a job without settings. A mistake is one line."""
 
-    Anything else is a defect of ours and keeps its traceback."""
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def pair(word: str) -> tuple[str, str]:
+    """The type of an option NAME=VALUE: both words. Raises ArgumentTypeError on anything else."""
+    name, _, value = word.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"{word!r} should be NAME=VALUE")
+    return name, value
+
+
+def run_options(main: Callable[[argparse.Namespace], object], options: Options) -> NoReturn:
+    """Likewise for a job with options of its own and no settings: `main(options)`."""
+    _exit_with(lambda: main(options.parse_args()))
+
+
+def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
         print(help_text(argv, about, option))
         sys.exit(0)
+    _exit_with(lambda: main(argv))
+
+
+def _exit_with(main: Callable[[], object]) -> NoReturn:
+    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
+
+    Anything else is a defect of ours and keeps its traceback."""
     try:
-        main(argv)
+        main()
     except KeyboardInterrupt:
         print("\ninterrupted: what was written so far is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
