@@ -8,7 +8,9 @@ argmax wᵢ (n + 1) − nᵢ: the order depends on nothing but the weights, and 
 from __future__ import annotations
 
 import glob
+import itertools
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,30 +138,43 @@ def _load(text: Text, *args: Any, **settings: Any) -> Any:
 def column_kind(dataset: Any, text: Text) -> str:
     """What `text.column` holds: TEXT, IDS or MESSAGES. Raises UserError where it is missing or holds none of them."""
     features = dataset.features
-    if features is None:  # a stream that does not say: look at its first row
-        first = next(iter(dataset), None)
-        if first is None:
-            raise UserError(f"text.dataset: {text.dataset} has no rows")
-        features = datasets.Dataset.from_list([first]).features
-    if text.column not in features:
-        allowed = ", ".join(sorted(features))
+    rows = [] if features else list(itertools.islice(dataset, READ_AHEAD))  # a stream that does not say
+    if not (features or rows):
+        raise UserError(f"text.dataset: {text.dataset} has no rows")
+    columns = features or rows[0]
+    if text.column not in columns:
+        allowed = ", ".join(sorted(columns))
         raise UserError(f"text.column: {text.column!r} is not a column of {text.dataset}; allowed: {allowed}")
-    feature = features[text.column]
-    kind = _kind(feature)
+    feature = features[text.column] if features else None
+    kind = _kind_of_feature(feature)
+    if kind is None and "Json" in str(feature):  # objects of which each has keys of its own: a type that says nothing
+        rows = list(itertools.islice(dataset, READ_AHEAD))
+    found = next((value for row in rows if (value := row.get(text.column))), None)
+    kind = kind or _kind_of_value(found)
     if kind is None:
-        held = getattr(feature, "dtype", None) or " ".join(str(feature).split())
+        held = (getattr(feature, "dtype", None) or " ".join(str(feature).split())) if not rows else reprlib.repr(found)
         allowed = f"not text, nor lists of {IDS} or of {MESSAGES}"
         raise UserError(f"text.column: {text.column!r} of {text.dataset} holds {held}, {allowed}")
     return kind
 
 
-def _kind(feature: Any) -> str | None:
+def _kind_of_feature(feature: Any) -> str | None:
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
         return TEXT
     inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else None
     if isinstance(inner, datasets.Value) and re.fullmatch(r"u?int\d+", inner.dtype):
         return IDS
     return MESSAGES if isinstance(inner, dict) and inner.keys() >= {"role", "content"} else None
+
+
+def _kind_of_value(value: Any) -> str | None:
+    if isinstance(value, str):
+        return TEXT
+    if not isinstance(value, list):
+        return None
+    if all(type(part) is int for part in value):
+        return IDS
+    return MESSAGES if all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in value) else None
 
 
 def _paragraph_documents(files: list[str], paragraphs: int) -> list[str]:

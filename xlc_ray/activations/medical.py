@@ -70,7 +70,7 @@ def _explanation(record: Record, strict: bool) -> str:
 
 
 def pubmed_qa(record: Record, strict: bool) -> str:
-    """Text of a PubMedQA record: `data` with Context (a list), Question, Options, Correct Answer, Long Answer (may be null)."""
+    """Text of a PubMedQA record: `data` with Context (a list), Question, Options, Correct Answer, Long Answer."""
     data = _field(record, "data")
     context = _field(data, "Context")
     if not isinstance(context, list):

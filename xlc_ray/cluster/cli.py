@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -171,14 +171,18 @@ def _settings(path: str, annotation: Any) -> Iterator[str]:
             here = f"{path}.{name}"
             if name == "kind" and isinstance(field.default, str):
                 yield f"  --{here}={field.default}"
-            elif inner := list(_models(field.annotation)):
+            elif list(_models(field.annotation)):
                 optional = (
                     "" if field.is_required() or type(None) not in get_args(field.annotation) else " (default null)"
                 )
                 yield f"  --{here}{optional}: {field.description}"
-                yield from _settings(here, field.annotation) if inner else ()
+                yield from _settings(f"{here}[]" if _is_list(field.annotation) else here, field.annotation)
             else:
                 yield f"  --{here} ({_default(field.default)}): {field.description}"
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_is_list, get_args(annotation)))
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
