@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 
 from tests.activations.build import CHAT_TEMPLATE
@@ -48,7 +47,8 @@ def config(tmp_path, tiny_config, asset, monkeypatch):
         {"dataset": lines(tmp_path / "ids.jsonl", [{"ids": i} for i in ids]), "column": "ids", "weight": 2},
     ]
     changes = {"text.dataset": None, "text.mixture": parts, "text.windows": "one_per_document"}
-    changes |= {"generate.sites": SITES, "model.name": str(model), "text.paragraphs": 2, "generate.tokens": 3000}
+    changes |= {"generate.held_out_tokens": 300, "generate.chunk_tokens": 800}
+    changes |= {"generate.sites": SITES, "model.name": str(model), "text.paragraphs": 2, "generate.tokens": 1600}
     return tiny_config(tmp_path, changes)
 
 
@@ -58,7 +58,7 @@ def test_a_mixture_gives_what_one_process_would_and_is_known_again(cluster, conf
     assert_equals_in_process_harvest(config)
     shown = decoded(config)
     chats, novels = (sum(("<user>" in text) is kind for text in shown) for kind in (True, False))
-    assert 0.03 < chats / (chats + novels) < 0.2
+    assert 0 < chats < novels
     complete = contents(config.source.path)
     assert generate(config)["made"] == 0 < made["made"]
     assert contents(config.source.path) == complete
@@ -72,11 +72,13 @@ def test_a_mixture_gives_what_one_process_would_and_is_known_again(cluster, conf
 def decoded(config) -> list[str]:
     """The text of every window of the training share; no padding is a row."""
     tokenizer, opened, found = load_tokenizer(config.model), store.open_store(config.source.path), []
+    lengths: set[int] = set()
     for chunk in range(len(opened.chunk_rows)):
         text = opened.windows(chunk)
         assert (text.row_position < text.windows.length[text.row_window]).all()
-        assert len(np.unique(text.windows.length)) > 1
+        lengths |= set(text.windows.length.tolist())
         found += [tokenizer.decode(t[1:n]) for t, n in zip(text.windows.tokens, text.windows.length, strict=True)]
+    assert len(lengths) > 2
     return found
 
 
