@@ -229,7 +229,7 @@ def test_a_stream_that_begins_with_nothing_is_known_by_what_follows(tmp_path):
     text = Text(dataset=path, column="ids", streaming=True)
     assert column_kind(load_documents(text), text) == "token ids"
     empty = Text(dataset=write(tmp_path / "y.jsonl", [{"ids": None}]), column="ids", streaming=True)
-    with pytest.raises(UserError, match="holds (None|null), not text"):
+    with pytest.raises(UserError, match=r"holds (None|null), not text"):
         load_documents(empty)
 
 

@@ -199,7 +199,10 @@ def chunk_plan(
         if total == tokens:
             yield _chunk(index, group, seed)
             return
-    raise UserError(f"text.dataset: text ended after {total} of {tokens} tokens; ask for fewer or give more text")
+    raise UserError(
+        f"text.dataset: text ended after {total} of {tokens} tokens; ask for fewer or give more text "
+        "(a mixture ends with the first of its datasets to end)"
+    )
 
 
 @dataclass(frozen=True)
