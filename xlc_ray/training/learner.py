@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlc_ray.config import Config
+from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint, losses
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.dictionary.recycling import forget_gradients
@@ -258,7 +258,9 @@ class Learner:
         checkpoint.save(run_dir, self.step, self.state(), facts, self.config.train.keep)
 
     def resume(self, run_dir: str, step: int) -> None:
-        """Go back to a checkpoint, written by any number of ranks (all ranks)."""
+        """Go back to a checkpoint, written by any number of ranks (all ranks). Raises UserError on a converted run."""
+        if "converted_from" in checkpoint.facts(run_dir, step):
+            raise UserError(f"{run_dir}: a converted dictionary, without an optimizer's state; choose another --out")
         checkpoint.load(run_dir, step, self.state())
         self.step = step
         dead = torch.stack([mask.sum() for mask in self._dead_masks()])
