@@ -25,13 +25,19 @@ def test_commands_name_jobs_files_and_settings_that_exist(command):
     job = words.index("python") + 1
     assert (ROOT / words[job]).is_file()
     option, value, *overrides = words[job + 1 :]
-    assert option == ("--run" if "evaluate" in words[job] else "--config")
+    assert option == ("--config" if re.search("generate|train", words[job]) else "--run")
     if option == "--config":
         load_config(ROOT / value, dict(word.removeprefix("--").split("=", 1) for word in overrides))
 
 
 def test_commands_were_found():
-    assert {re.search(r"jobs/(\w+)", command).group(1) for command in COMMANDS} == {"generate", "train", "evaluate"}
+    assert {re.search(r"jobs/(\w+)", command).group(1) for command in COMMANDS} >= {
+        "generate",
+        "train",
+        "evaluate",
+        "convert",
+        "compare",
+    }
 
 
 def test_python_uses_names_that_exist():

@@ -8,11 +8,11 @@ With x = (a - μ_r) / s_r read and ŷ s_w + μ_w written,
 
 so that pre-activations, thresholds and features keep the dictionary's units, and only activations are raw.
 
-Decoder norms fold too, into the features: with n_i = ‖W_dec_i‖ (1 where the row is zero)
+Decoder norms fold too, into the features: with n_i = ‖W_dec_i‖
 
     W_dec_i ← W_dec_i / n_i       W_enc_i, b_enc_i, θ_i ← n_i · the same       so that f_i ← n_i f_i
 
-and f_i is the size of what the feature writes.
+and f_i is the size of what the feature writes. A row of zeros stays, and its feature, which writes nothing, becomes 0.
 """
 
 from __future__ import annotations
@@ -71,11 +71,10 @@ def fold_decoder_norms(dictionary: Dictionary) -> Dictionary:
     assert dictionary.shards.size == 1, "folding needs the whole dictionary"
     folded = copy.deepcopy(dictionary).eval()
     norms = [group.norms().double() for group in folded.groups]
-    norms = [norm.where(norm > 0, 1) for norm in norms]
     for group, norm in zip(folded.groups, norms, strict=True):
         group.W_enc.copy_(group.W_enc.double() * norm.unsqueeze(1))
         group.b_enc.copy_(group.b_enc.double() * norm)
-        group.W_dec.copy_(group.W_dec.double() / norm.unsqueeze(1))
+        group.W_dec.copy_(group.W_dec.double() / norm.where(norm > 0, 1).unsqueeze(1))
     _scale_gate(folded.gate, norms)
     return folded
 
@@ -84,7 +83,8 @@ def _scale_gate(gate: Gate, norms: list[torch.Tensor]) -> None:
     """Make a gate do to n · pre what it did to pre."""
     if isinstance(gate, JumpReLU):
         for theta, norm in zip(gate.raw_threshold, norms, strict=True):
-            theta.copy_(theta.double() + norm.log() if gate.log else theta.double() * norm)
+            # A feature that became 0 passes no θ > 0, and log 0 is no parameter.
+            theta.copy_(theta.double() + norm.where(norm > 0, 1).log() if gate.log else theta.double() * norm)
     elif isinstance(gate, TopK) and gate.needs_norms:
         gate.needs_norms = False
     elif isinstance(gate, TopK):
