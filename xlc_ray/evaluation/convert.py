@@ -82,27 +82,14 @@ def convert_dictionary(
     made = with_thresholds(dictionary, thetas)
     measured = rows if held_out is None else _held_out_rows(config, held_out, dictionary)
     before, after = (evaluate_reconstruction(each, measured()).compute() for each in (dictionary, made))
-    groups = [
-        {"reads": list(reads), "writes": list(writes), "target_l0": target, "calibrated_l0": reached, "scale": scale,
-         "threshold": float(theta.mean()), "l0_before": was["l0"], "l0_after": now["l0"]}
-        for reads, writes, target, (scale, reached), theta, was, now in zip(
-            dictionary.wiring.reads, dictionary.wiring.writes, targets, found, thetas,
-            before["groups"], after["groups"], strict=True)
-    ]  # fmt: skip
     report = {
         "gate": config.dictionary.gate.kind,
         "thresholds": _kind(dictionary, per_feature),
         "folded": folded,
         "tolerance": tolerance,
-        "target_l0": sum(targets),
-        "calibrated_l0": sum(reached for _, reached in found),
         "calibration_tokens": kept[0].tokens,
         "measured_on": "training rows" if held_out is None else "held-out rows",
-        "tokens": after["tokens"],
-        "l0": {"before": before["l0"], "after": after["l0"]},
-        "nmse": {"before": before["fvu"], "after": after["fvu"]},
-        "sites": {s: {"before": before["sites"][s]["fvu"], "after": after["sites"][s]["fvu"]} for s in after["sites"]},
-        "groups": groups,
+        **_report(made, targets, found, before, after),
     }
     made = copy.deepcopy(made).cpu()
     changes: dict[str, Any] = {"dictionary.gate": _settings(thetas)}
@@ -180,6 +167,42 @@ def _calibrate(
         ladder.scale(target, tolerance, f"group {g} ({name})")
         for g, (ladder, target, name) in enumerate(zip(ladders, targets, names, strict=True))
     ]
+
+
+def _report(
+    made: Dictionary,
+    targets: list[float],
+    found: list[tuple[float, float]],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> dict[str, Any]:
+    """The numbers of a conversion: in all, of each site and of each group."""
+    assert isinstance(made.gate, JumpReLU)
+    wiring, sites = made.wiring, {}
+    for site, now in after["sites"].items():
+        sites[site] = {"before": before["sites"][site]["fvu"], "after": now["fvu"]}
+    groups = [
+        {
+            "reads": list(wiring.reads[g]),
+            "writes": list(wiring.writes[g]),
+            "target_l0": targets[g],
+            "calibrated_l0": reached,
+            "scale": scale,
+            "threshold": float(made.gate.threshold(g).mean()),
+            "l0_before": before["groups"][g]["l0"],
+            "l0_after": after["groups"][g]["l0"],
+        }
+        for g, (scale, reached) in enumerate(found)
+    ]
+    return {
+        "target_l0": sum(targets),
+        "calibrated_l0": sum(reached for _, reached in found),
+        "tokens": after["tokens"],
+        "l0": {"before": before["l0"], "after": after["l0"]},
+        "nmse": {"before": before["fvu"], "after": after["fvu"]},
+        "sites": sites,
+        "groups": groups,
+    }
 
 
 def _kind(dictionary: Dictionary, per_feature: bool) -> str:

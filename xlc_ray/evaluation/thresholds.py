@@ -109,12 +109,14 @@ def feature_thresholds(kept: list[Kept], otherwise: list[Tensor]) -> list[Tensor
     ]
 
 
+@torch.no_grad()
 def with_thresholds(dictionary: Dictionary, thresholds: list[Tensor]) -> Dictionary:
     """The same dictionary with a JumpReLU gate of these θ (a tensor [F] a group), in inference form."""
     gate = make_gate(JumpReluGate(parameterisation="direct"), [len(theta) for theta in thresholds], dictionary.shards)
     assert isinstance(gate, JumpReLU)
+    gate.to(thresholds[0])
     for own, theta in zip(gate.raw_threshold, thresholds, strict=True):
-        own.data = theta.detach().clone()
+        own.copy_(theta)
     return with_gate(dictionary, gate.eval())
 
 
