@@ -188,7 +188,7 @@ def _report(
             "target_l0": targets[g],
             "calibrated_l0": reached,
             "scale": scale,
-            "threshold": float(made.gate.threshold(g).mean()),
+            "threshold": float(made.gate.threshold(g).detach().mean()),
             "l0_before": before["groups"][g]["l0"],
             "l0_after": after["groups"][g]["l0"],
         }
