@@ -164,6 +164,8 @@ class Evaluate(Settings):
     """Held-out windows for the replacement model; 0 = skip it."""
     batch_windows: Annotated[int, Field(ge=1)] = 16
     """Windows in one forward pass."""
+    ablate_features: Annotated[int, Field(ge=0)] = 0
+    """Active features, drawn at random, whose single effect on the cross-entropy is measured; 0 = none."""
 
 
 class Cluster(Settings):

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from xlc_ray.dictionary import sparse
+from xlc_ray.dictionary.selection import positions
 from xlc_ray.dictionary.sparse import Support
 
 
@@ -60,3 +61,11 @@ class Features:
         if self.support:
             return active.new_zeros(self.shape[1], dtype=torch.int64).index_add(0, self.support.feature, active.long())
         return active.sum(dim=0)
+
+    def entries(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """Token, feature and f of every active entry (f ≠ 0), by token and then by feature."""
+        if self.support:
+            which = positions(self.values != 0)
+            return self.support.token[which], self.support.feature[which], self.values[which]
+        which = positions(self.values != 0)
+        return which // self.shape[1], which % self.shape[1], self.values.flatten()[which]

@@ -7,6 +7,12 @@ With x = (a - μ_r) / s_r read and ŷ s_w + μ_w written,
     W_skip ← s_w W_skip / s_r
 
 so that pre-activations, thresholds and features keep the dictionary's units, and only activations are raw.
+
+Decoder norms fold too, into the features: with n_i = ‖W_dec_i‖
+
+    W_dec_i ← W_dec_i / n_i       W_enc_i, b_enc_i, θ_i ← n_i · the same       so that f_i ← n_i f_i
+
+and f_i is the size of what the feature writes. A row of zeros stays, and its feature, which writes nothing, becomes 0.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import torch
 
 from xlc_ray.config import UserError
 from xlc_ray.dictionary.dictionary import Dictionary, FeatureGroup
+from xlc_ray.dictionary.gates import Gate, JumpReLU, ReLU, TopK
 
 
 @torch.no_grad()
@@ -52,6 +59,41 @@ def fold(dictionary: Dictionary) -> Dictionary:
         getattr(folded, f"{name}_mean").zero_()
         getattr(folded, f"{name}_scale").fill_(1)
     return folded
+
+
+@torch.no_grad()
+def fold_decoder_norms(dictionary: Dictionary) -> Dictionary:
+    """A new dictionary in inference form with unit decoder rows, features times the old norms, equal reconstructions.
+
+    A gate that ranked by decoder norms ranks by activation afterwards, which is then the same. Whole dictionaries only.
+    Raises UserError where the gate ranks by activation, which folding changes, or has parameters that do not scale.
+    """
+    assert dictionary.shards.size == 1, "folding needs the whole dictionary"
+    folded = copy.deepcopy(dictionary).eval()
+    norms = [group.norms().double() for group in folded.groups]
+    for group, norm in zip(folded.groups, norms, strict=True):
+        group.W_enc.copy_(group.W_enc.double() * norm.unsqueeze(1))
+        group.b_enc.copy_(group.b_enc.double() * norm)
+        group.W_dec.copy_(group.W_dec.double() / norm.where(norm > 0, 1).unsqueeze(1))
+    _scale_gate(folded.gate, norms)
+    return folded
+
+
+def _scale_gate(gate: Gate, norms: list[torch.Tensor]) -> None:
+    """Make a gate do to n · pre what it did to pre."""
+    if isinstance(gate, JumpReLU):
+        for theta, norm in zip(gate.raw_threshold, norms, strict=True):
+            # A feature that became 0 passes no θ > 0, and log 0 is no parameter.
+            theta.copy_(theta.double() + norm.where(norm > 0, 1).log() if gate.log else theta.double() * norm)
+    elif isinstance(gate, TopK) and gate.needs_norms:
+        gate.needs_norms = False
+    elif isinstance(gate, TopK):
+        raise UserError(
+            "dictionary.gate.rank_by: activation compares activations, which folding the decoder norms changes; "
+            "allowed: decoder_norm, or convert to jumprelu first"
+        )
+    elif type(gate) is not ReLU:
+        raise UserError(f"dictionary.gate: decoder norms fold into jumprelu, relu and topk, not {type(gate).__name__}")
 
 
 def _columns(spans: tuple[slice, ...]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from xlc_ray.config import Config
+from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint, losses
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.dictionary.recycling import forget_gradients
@@ -261,7 +261,9 @@ class Learner:
         self._take(moments)
 
     def resume(self, run_dir: str, step: int) -> None:
-        """Go back to a checkpoint, written by any number of ranks (all ranks)."""
+        """Go back to a checkpoint, written by any number of ranks (all ranks). Raises UserError on a converted run."""
+        if "converted_from" in checkpoint.facts(run_dir, step):
+            raise UserError(f"{run_dir}: a converted dictionary, without an optimizer's state; choose another --out")
         moments = self._moments()
         checkpoint.load(run_dir, step, self.state(moments))
         self._take(moments)
