@@ -74,7 +74,7 @@ class DeadFeatures:
 @dataclass(frozen=True)
 class Encoding:
     """What encoding a batch gives: features, and where asked for all pre-activations [B, F] (with gradient), decoder
-    norms, and the dead features' own activations for AuxK."""
+    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK."""
 
     features: list[Features]
     pre: list[Tensor] | None
@@ -144,7 +144,8 @@ class Dictionary(nn.Module):
     ) -> Encoding:
         """Features, and on demand what the loss needs besides. One small collective at most, as a rule."""
         wanted = norms or self.gate.needs_norms
-        lengths = [group.norms() for group in self.groups] if wanted else None
+        with torch.no_grad():
+            lengths = [group.norms() for group in self.groups] if wanted else None
         every = range(self.wiring.groups)
         whole = [self._preactivations(g, x) for g in every] if pre else None
         rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every} if dead else {}
@@ -159,17 +160,23 @@ class Dictionary(nn.Module):
 
     def decode(self, features: list[Features], x: Float[Tensor, "B R"]) -> Float[Tensor, "B W"]:
         """ŷ in the dictionary's units. `x` is used by skip connections only."""
-        return self.decode_all([features], x)[0]
+        return self.decode_all([features], x)[0][0]
 
-    def decode_all(self, codes: list[list[Features]], x: Float[Tensor, "B R"]) -> list[Float[Tensor, "B W"]]:
-        """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only."""
-        parts = [self._partial(code) for code in codes]
+    def decode_all(
+        self, codes: list[list[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
+    ) -> tuple[list[Float[Tensor, "B W"]], list[Tensor] | None]:
+        """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only.
+
+        Also the decoder norms of an `Encoding`, now with gradient, which is computed together with that of the first
+        code: a penalty on norms then takes no pass of its own over the weights and their gradient."""
+        found = [self._partial(code, None if i else norms) for i, code in enumerate(codes)]
+        parts = [part for part, _ in found]
         whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
         first = whole[0] + self.b_dec
         if self.wiring.skip:
             linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
             first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
-        return [first, *whole[1:]]
+        return [first, *whole[1:]], found[0][1]
 
     def reconstruct(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> dict[str, Float[Tensor, "B _"]]:
         """Written sites from read ones, both in the model's own units."""
@@ -204,7 +211,7 @@ class Dictionary(nn.Module):
             if site not in sites:
                 continue
             own = self.wiring.columns(sites)[site]
-            out = out + features[g].decode(self.groups[g].W_dec[:, own])
+            out = out + features[g].decode(self.groups[g].W_dec[:, own])[0]
             if self.wiring.skip:
                 read = self.wiring.columns(self.wiring.read_sites)[self.wiring.reads[g][0]]
                 raw = _join(activations, self.wiring.reads[g], self.b_dec)
@@ -278,10 +285,12 @@ class Dictionary(nn.Module):
         support, pre = self._entries(g, x, entry, found.pre)
         return Features(pre, pre, support)
 
-    def _partial(self, features: list[Features]) -> Tensor:
+    def _partial(self, features: list[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+        known = norms or [None] * len(features)
         with self._reduced_precision():
-            outs = [f.decode(group.W_dec) for f, group in zip(features, self.groups, strict=True)]
-        return _AddColumns.apply(self.b_dec.shape[0], self._writes, *outs)
+            made = [f.decode(g.W_dec, n) for f, g, n in zip(features, self.groups, known, strict=True)]
+        whole = _AddColumns.apply(self.b_dec.shape[0], self._writes, *[y for y, _ in made])
+        return whole, [n for _, n in made if n is not None] if norms else None
 
 
 def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor) -> Tensor:

@@ -33,11 +33,13 @@ class Features:
         """f as a matrix."""
         return self.support.dense(self.values) if self.support else self.values
 
-    def decode(self, W_dec: Float[Tensor, "F W"]) -> Float[Tensor, "B W"]:
-        """f W_dec."""
+    def decode(
+        self, W_dec: Float[Tensor, "F W"], norms: Float[Tensor, "F"] | None = None
+    ) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+        """f W_dec, and `norms`, those of its rows, with gradient if they are given (a zero row's is zero)."""
         if self.support:
-            return sparse.decode(self.values, self.support, W_dec)
-        return self.values @ W_dec
+            return sparse.decode(self.values, self.support, W_dec, norms)
+        return self.values @ W_dec, None if norms is None else torch.linalg.vector_norm(W_dec, dim=1)
 
     def total(self, term: Callable[..., Tensor], *per_feature: Float[Tensor, "F"]) -> Float[Tensor, ""]:
         """Σ term(f, pre, *per_feature) over tokens and features; the term must vanish outside the support."""

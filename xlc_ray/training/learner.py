@@ -88,8 +88,9 @@ class Learner:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
         code = d.analyse(x, self._dead(), self._needs_norms(), self.config.train.loss.preactivation > 0)
-        y_hat, *error_hat = d.decode_all([code.features] + ([code.revived] if code.revived else []), x)
-        terms = self._terms(code, y_hat, y, error_hat)
+        codes = [code.features] + ([code.revived] if code.revived else [])
+        (y_hat, *error_hat), norms = d.decode_all(codes, x, code.norms)
+        terms = self._terms(code, norms, y_hat, y, error_hat)
         weighted = sum(weight * term for weight, term, _ in terms.values())
         # Exactly 1, or NaN where an input is not finite: such a row may win no place and would else leave no trace.
         sound = 1 + 0 * x.sum()
@@ -102,26 +103,28 @@ class Learner:
             now = self._measure(code, terms, y_hat, y)
             return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
 
-    def _terms(self, code: Encoding, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]) -> Terms:
+    def _terms(
+        self, code: Encoding, norms: list[Tensor] | None, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]
+    ) -> Terms:
         """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
         loss, d, share = self.config.train.loss, self.dictionary, self.step
         terms = {"reconstruction": (1.0, losses.reconstruction(y_hat, y, self.weights), False)}
         if (s := loss.sparsity) is not None:
             weight = s.coefficient * factor(s.schedule, share, self.config.train.steps)
-            norms = code.norms if s.decoder_norm else None
+            by = norms if s.decoder_norm else None
             if s.kind == "l0" and s.target_l0:
                 term = losses.l0_to_target(code.features, d.gate, s.target_l0, self.shards)
             elif s.kind == "l0":
                 term = losses.l0(code.features, d.gate)
             elif s.kind == "tanh":
-                term = losses.tanh(code.features, norms, s.c)
+                term = losses.tanh(code.features, by, s.c)
             else:
-                term = losses.l1(code.features, norms)
+                term = losses.l1(code.features, by)
             terms["sparsity"] = (weight, term, s.target_l0 is None)
         if loss.preactivation:
             assert code.pre is not None
-            assert code.norms is not None
-            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, code.norms), True)
+            assert norms is not None
+            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, norms), True)
         if error_hat and loss.auxk:
             dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
             terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(error_hat[0], y - y_hat, self.weights), False)
