@@ -43,9 +43,11 @@ class Features:
 
     def total(self, term: Callable[..., Tensor], *per_feature: Float[Tensor, "F"]) -> Float[Tensor, ""]:
         """Σ term(f, pre, *per_feature) over tokens and features; the term must vanish outside the support."""
-        if self.support:
-            per_feature = tuple(p[self.support.feature] for p in per_feature)
-        return term(self.values, self.pre, *per_feature).sum()
+        return term(self.values, self.pre, *map(self.at, per_feature)).sum()
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each feature, where `values` has its entries: [F] where dense, [n] on the support."""
+        return per_feature[self.support.feature] if self.support else per_feature
 
     def l0(self) -> Int[Tensor, "B"]:
         """Active features of each token."""

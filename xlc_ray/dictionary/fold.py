@@ -12,8 +12,11 @@ so that pre-activations, thresholds and features keep the dictionary's units, an
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from xlc_ray.config import UserError
 from xlc_ray.dictionary.dictionary import Dictionary, FeatureGroup
@@ -23,7 +26,8 @@ from xlc_ray.dictionary.dictionary import Dictionary, FeatureGroup
 def fold(dictionary: Dictionary) -> Dictionary:
     """A new dictionary in inference form, with identity scale and centre and equal features and reconstructions.
 
-    Whole dictionaries only. Raises UserError where the gate ranks by decoder norms, which folding changes."""
+    Whole dictionaries only; of tied decoders every target gets its own, in its own units. Raises UserError where the
+    gate ranks by decoder norms, which folding changes, and where decoders are tied with an offset."""
     assert dictionary.shards.group is None, "fold needs the whole dictionary"
     assert dictionary.shards.size == 1, "fold needs the whole dictionary"
     if dictionary.gate.needs_norms:
@@ -31,7 +35,7 @@ def fold(dictionary: Dictionary) -> Dictionary:
             "dictionary.gate.rank_by: decoder_norm compares decoder norms, which folding the normalisation into the "
             "weights changes; train with rank_by: activation"
         )
-    folded = copy.deepcopy(dictionary).eval()
+    folded = (untie(dictionary) if dictionary.wiring.tied else copy.deepcopy(dictionary)).eval()
     wires = folded.wiring
     read_mean, read_scale = folded.read_mean.double(), folded.read_scale.double()
     write_mean, write_scale = folded.write_mean.double(), folded.write_scale.double()
@@ -52,6 +56,31 @@ def fold(dictionary: Dictionary) -> Dictionary:
         getattr(folded, f"{name}_mean").zero_()
         getattr(folded, f"{name}_scale").fill_(1)
     return folded
+
+
+@torch.no_grad()
+def untie(dictionary: Dictionary) -> Dictionary:
+    """An untied dictionary that computes what one with tied decoders computes: W_dec [F, W_g] with a row for every
+    target. Raises UserError where features have offsets, which no decoder row can hold."""
+    wires = dictionary.wiring
+    if wires.tied and wires.tied.offset:
+        raise UserError(
+            "dictionary.wiring.feature_offset: no decoder row can hold an offset of active features, so that this "
+            "dictionary has no untied form; train with feature_offset: false"
+        )
+    loose = replace(wires, tied=None)
+    gate = copy.deepcopy(dictionary.gate)
+    made = Dictionary(loose, dictionary.sizes, gate, dictionary.shards, dictionary.products).to(dictionary.b_dec)
+    own = dictionary.state_dict()
+    made.load_state_dict({name: value for name, value in own.items() if not name.endswith(".W_dec")}, strict=False)
+    for g, group in enumerate(made.groups):
+        group.W_dec.copy_(expanded_decoder(dictionary, g))
+    return made.train(dictionary.training)
+
+
+def expanded_decoder(dictionary: Dictionary, g: int) -> Float[Tensor, "F W"]:
+    """What the features of group g write at all its sites, side by side: W_dec itself where decoders are not tied."""
+    return torch.cat([dictionary.decoder_rows(g, site) for site in dictionary.wiring.writes[g]], dim=1)
 
 
 def _columns(spans: tuple[slice, ...]) -> torch.Tensor:
