@@ -22,13 +22,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from xlc_ray.dictionary import tied
-from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary.features import Chosen, Features
 from xlc_ray.dictionary.gates import Gate, Selected
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, sparse_pays
 from xlc_ray.dictionary.wiring import Spans, Tying, Wiring
 
+GHOST = 30.0  # dead pre-activations beyond this no longer grow under exp, which would overflow
 TILE = 2**23  # pre-activations in a tile: 32 MB
 INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
 
@@ -73,22 +74,23 @@ class FeatureGroup(nn.Module):
 
 @dataclass(frozen=True)
 class DeadFeatures:
-    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used."""
+    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used with
+    max(pre, 0) (AuxK), or None: all are, with exp(pre) (ghost gradients)."""
 
     masks: list[Bool[Tensor, "F"]]
     totals: list[int]
-    k: int
+    k: int | None
 
 
 @dataclass(frozen=True)
 class Encoding:
     """What encoding a batch gives: features, and where asked for all pre-activations [B, F] (with gradient), decoder
-    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK."""
+    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK or ghost gradients."""
 
     features: list[Features]
     pre: list[Tensor] | None
     norms: list[Tensor] | None
-    revived: list[Features] | None
+    revived: Sequence[Features] | None
 
 
 class Dictionary(nn.Module):
@@ -167,12 +169,16 @@ class Dictionary(nn.Module):
             lengths = [self.norms(g) for g in range(self.wiring.groups)] if wanted else None
         every = range(self.wiring.groups)
         whole = [self._preactivations(g, x) for g in every] if pre else None
-        rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every} if dead else {}
-        pools = {g: Pool(rivals[g], dead.k) for g in rivals if dead and dead.totals[g] > dead.k}
+        rivals, pools = {}, {}
+        if dead and dead.k is not None:
+            rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every}
+            pools = {g: Pool(rivals[g], dead.k) for g in every if dead.totals[g] > dead.k}
         picked, limits = self._select(x, lengths, list(pools.values()))
         features = [self._features(g, x, picked[g], whole) for g in every]
         revived = None
-        if dead:
+        if dead and dead.k is None:
+            revived = [self._ghosts(g, x, dead.masks[g]) for g in every]
+        elif dead:
             allowed = dict(zip(pools, limits, strict=True))
             revived = [self._revive(g, x, rivals[g], dead.masks[g], allowed.get(g)) for g in every]
         return Encoding(features, whole, lengths, revived)
@@ -182,7 +188,7 @@ class Dictionary(nn.Module):
         return self.decode_all([features], x)[0][0]
 
     def decode_all(
-        self, codes: list[list[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
+        self, codes: list[Sequence[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
     ) -> tuple[list[Float[Tensor, "B W"]], list[Tensor] | None]:
         """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only.
 
@@ -193,7 +199,7 @@ class Dictionary(nn.Module):
         whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
         first = whole[0] + self.b_dec
         if self.wiring.skip:
-            linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+            linear = [nnf.linear(columns_of(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
             first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
         return [first, *whole[1:]], found[0][1]
 
@@ -249,7 +255,7 @@ class Dictionary(nn.Module):
     def _preactivations(self, g: int, x: Tensor) -> Tensor:
         group = self.groups[g]
         with self._reduced_precision():
-            return nnf.linear(_columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
+            return nnf.linear(columns_of(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
 
     @torch.no_grad()
     def _select(self, x: Tensor, lengths: list[Tensor] | None, extra: list[Pool]) -> Selected:
@@ -288,13 +294,13 @@ class Dictionary(nn.Module):
         """The support of some entries, and the pre-activations there with gradient."""
         group = self.groups[g]
         support = Support(entry, (x.shape[0], group.b_enc.shape[0]))
-        return support, encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
+        return support, encode_at(columns_of(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
 
     @torch.no_grad()
     def _dead_preactivations(self, g: int, x: Tensor, dead: Tensor) -> Tensor:
         """[B, dead features of this rank]."""
         group = self.groups[g]
-        return nnf.linear(_columns(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
+        return nnf.linear(columns_of(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
 
     def _revive(self, g: int, x: Tensor, rivals: Tensor, dead: Tensor, limit: Limit | None) -> Features:
         """Activations max(pre, 0) of dead features, within the limit if there is one."""
@@ -307,7 +313,13 @@ class Dictionary(nn.Module):
         support, pre = self._entries(g, x, entry, found.pre)
         return Features(pre, pre, support)
 
-    def _partial(self, features: list[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+    def _ghosts(self, g: int, x: Tensor, dead: Tensor) -> Chosen:
+        """exp(pre) of dead features."""
+        group, which = self.groups[g], positions(dead)
+        pre = nnf.linear(columns_of(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
+        return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
+
+    def _partial(self, features: Sequence[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
         if self.wiring.tied:
             with self._reduced_precision():
                 spans, outs = tied.decode(self.wiring, self.groups, features)
@@ -324,7 +336,8 @@ def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tenso
     return torch.cat([activations[s].to(like.dtype) for s in sites], dim=1)
 
 
-def _columns(x: Tensor, spans: Spans) -> Tensor:
+def columns_of(x: Tensor, spans: Spans) -> Tensor:
+    """Some columns of a matrix, side by side."""
     return x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, s] for s in spans], dim=1)
 
 
@@ -347,5 +360,5 @@ class _AddColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        parts = (_columns(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
+        parts = (columns_of(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
         return None, None, *parts

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -62,3 +62,21 @@ class Features:
         if self.support:
             return active.new_zeros(self.shape[1], dtype=torch.int64).index_add(0, self.support.feature, active.long())
         return active.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Chosen(Features):
+    """Features of which only some are computed, densely: `values`, `pre` [B, n] of the features `which` [n]."""
+
+    which: Int[Tensor, "n"] = field(kw_only=True)
+
+    def decode(
+        self, W_dec: Float[Tensor, "F W"], norms: Float[Tensor, "F"] | None = None
+    ) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+        """f W_dec over those features."""
+        assert norms is None, "norms belong to the whole code"
+        return self.values @ W_dec[self.which], None
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each of those features: [n]."""
+        return per_feature[self.which]

@@ -25,7 +25,7 @@ from xlc_ray.dictionary.wiring import Spans, Wiring
 if TYPE_CHECKING:
     from xlc_ray.dictionary.dictionary import FeatureGroup
 
-Groups = Sequence["FeatureGroup"]
+    Groups = Sequence[FeatureGroup]
 
 
 def rows(wiring: Wiring, groups: Groups, g: int, site: str) -> Float[Tensor, "F d"]:
