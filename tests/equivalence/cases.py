@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from dataclasses import replace
+
+import torch
 
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring, wiring

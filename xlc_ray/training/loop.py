@@ -182,20 +182,24 @@ def _steps(
 
 
 def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Mapping[str, Tensor]]:
-    """The rows that resampling draws from: those that training reads next, all of them on every rank."""
+    """The rows that resampling draws from: those that training reads next, of one epoch, all of them on every rank."""
     train, wiring, shards = config.train, learner.dictionary.wiring, learner.shards
     assert train.resample is not None
-    left = train.resample.tokens
+    rows_in_order = order_for(config, data)
+    epoch, here = rows_in_order.epoch_rows, learner.step * train.batch_tokens
+    tokens = min(train.resample.tokens, epoch)
+    start = min(here, (here // epoch + 1) * epoch - tokens)  # a row that came twice could start two equal features
     rows = train.batch_tokens // (shards.replicas * train.accumulate)
-    first, count = learner.step * train.batch_tokens // rows, -(-left // rows)
+    batches = range(start // rows, -(-(start + tokens) // rows))
     widths = {site: wiring.widths[site] for site in wiring.sites}
 
     def read() -> Iterator[Mapping[str, Tensor]]:
-        return source.batches(data, order_for(config, data), wiring.sites, rows, first, first + count)
+        return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop)
 
-    for batch in shared(read, count, widths, rows, getattr(torch, data.dtype), shards):
-        yield {site: values[:left] for site, values in batch.items()}
-        left -= rows
+    found = shared(read, len(batches), widths, rows, getattr(torch, data.dtype), shards)
+    for n, batch in zip(batches, found, strict=True):
+        inside = slice(max(0, start - n * rows), start + tokens - n * rows)
+        yield {site: values[inside] for site, values in batch.items()}
 
 
 def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:

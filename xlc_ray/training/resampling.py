@@ -44,7 +44,7 @@ def resample(learner: Learner, sample: Sample) -> int:
     own = _own_rows(rows, dead, learner.shards.rank)
     started = _starts(learner, sample, own)
     for g, (mask, mine) in enumerate(zip(masks, own, strict=True)):
-        which = mask.nonzero().squeeze(1)[mine >= 0]
+        which = mask.nonzero().squeeze(1)[torch.from_numpy(mine >= 0).to(mask.device)]
         _write(learner, g, which, *started[g], *lengths[g])
         learner.silent[g][which] = 0
     drawn = np.split(rows >= 0, dead.sum(axis=0).cumsum()[:-1])
