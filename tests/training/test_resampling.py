@@ -6,11 +6,12 @@ import torch
 
 from tests.dictionary import make
 from tests.equivalence import cases
+from xlc_ray.activations.store import open_store
 from xlc_ray.config import UserError
 from xlc_ray.config.training import Resample
 from xlc_ray.dictionary import Shards, checkpoint, wiring
 from xlc_ray.dictionary.build import build
-from xlc_ray.training import Learner, logs, train_alone
+from xlc_ray.training import Learner, logs, loop, train_alone
 from xlc_ray.training.resampling import draw, resample
 from xlc_ray.training.schedules import resampled_after, rewarmed
 
@@ -193,6 +194,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small_run, tmp_path)
     assert checkpoint.steps(whole.out)[-1] == 12
     for key in ("loss", "reconstruction", "explained_variance", "l0", "dead_features", "grad_norm", "lr"):
         assert again[key] == last[key], key
+
+
+@pytest.mark.parametrize(("tokens", "steps_done"), [(70, 3), (203, 3), (1000, 7), (100, 4), (1, 0)])
+def test_the_sample_is_rows_of_one_epoch_in_any_layout(small_run, tokens, steps_done):
+    config, found = small_run(RUN).override({"train.resample.tokens": tokens}), []
+    data = open_store(config.source.path)
+    for accumulate in (1, 4):
+        config = config.override({"train.accumulate": accumulate})
+        made = Learner(build(config.dictionary, loop.wiring_for(config, data), 0, Shards()), config)
+        made.step = steps_done
+        sample = list(loop._sample(config, made, data))
+        assert max(len(b["mlp_in.0"]) for b in sample) <= 40 // accumulate
+        found.append({site: torch.cat([b[site] for b in sample]) for site in sample[0]})
+    assert all(torch.equal(found[0][site], found[1][site]) for site in found[0])
+    rows = torch.cat(list(found[0].values()), dim=1)
+    assert len(rows) == min(tokens, 203)
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 def test_resampling_leaves_fewer_features_dead(small_run):
