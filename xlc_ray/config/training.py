@@ -140,6 +140,8 @@ class Optimizer(Settings):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay."""
+    states: Literal["float32", "int8"] = "float32"
+    """Moments in memory: int8 takes a quarter, in blocks with a scale each (needs the extra `lowbit`)."""
 
 
 class Wandb(Settings):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from xlc_ray.config import Config
 from xlc_ray.dictionary import checkpoint, connection, losses
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.dictionary.recycling import forget_gradients
+from xlc_ray.training import optimizers
 from xlc_ray.training.schedules import factor, rewarmed
 
 Batch = Mapping[str, Tensor]
@@ -41,11 +41,8 @@ class Learner:
         dictionary.matmul_dtype = torch.bfloat16 if train.precision == "bfloat16" else None
         self.device = dictionary.b_dec.device
         self.parameters = dict(dictionary.named_parameters())
-        options = {"lr": train.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
-        kind = torch.optim.AdamW if train.optimizer.kind == "adamw" else torch.optim.Adam
-        self.optimizer: Any = kind(  # torch declares no `grad_scale`, which its own GradScaler sets
-            self.parameters.values(), weight_decay=train.optimizer.weight_decay, fused=True, **options
-        )
+        self.optimizer = optimizers.make(train, self.parameters.values())
+        self.shrink: float | None = None
         self.silent = [torch.zeros_like(g.b_enc, dtype=torch.int64) for g in dictionary.groups]
         self.dead_totals = [0] * len(self.silent)
         self.step = 0
@@ -204,15 +201,12 @@ class Learner:
         norm = math.sqrt(square + (_square(common).item() if common else 0.0))
         limit = self.config.train.clip_norm
         clipped = limit is not None and norm > limit
-        # The fused optimizer divides each gradient by this as it reads it: clipping takes no pass of its own.
-        self.optimizer.grad_scale = torch.tensor(norm / limit, device=self.device) if clipped else None
+        self.shrink = norm / limit if clipped else None
         return norm
 
     @torch.no_grad()
     def _update(self) -> None:
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.lr(self.step)
-        self.optimizer.step()
+        optimizers.step(self.optimizer, self.lr(self.step), list(self._gradients().values()), self.shrink)
         if self.config.dictionary.unit_norm:
             for group in self.dictionary.groups:
                 group.W_dec.data /= group.norms().unsqueeze(1).clamp(min=1e-12)
@@ -244,16 +238,13 @@ class Learner:
 
     # ------------------------------------------------------------ state
 
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that resuming needs, each described as a part of the whole."""
-        d = self.dictionary
+    def state(self, moments: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        """All tensors that resuming needs, each described as a part of the whole. `moments`: the optimizer's, as
+        `_moments` gave them."""
+        d, moments = self.dictionary, moments or self._moments()
         tensors = checkpoint.dictionary_tensors(d)
-        for name, p in self.parameters.items():
-            moments = self.optimizer.state[p]
-            if not moments:
-                moments |= {"step": torch.zeros((), device=self.device)}
-                moments |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            for key, value in moments.items():
+        for name, held in moments.items():
+            for key, value in held.items():
                 split = d.is_sharded(name) and key != "step"
                 features = d.sizes[checkpoint.group_of(name)] if split else 0
                 tensors[f"optimizer.{name}.{key}"] = (
@@ -263,17 +254,28 @@ class Learner:
             tensors[f"silent_tokens.{g}"] = checkpoint.sharded(silent, d.sizes[g], self.shards)
         return tensors
 
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        return {name: optimizers.moments(self.optimizer, p) for name, p in self.parameters.items()}
+
+    def _take(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        for name, p in self.parameters.items():
+            optimizers.put(self.optimizer, p, moments[name])
+
     def save(self, run_dir: str) -> None:
         """Write a checkpoint of this step (all ranks)."""
         facts = {
             "tokens": self.step * self.config.train.batch_tokens,
             "wiring": checkpoint.describe(self.dictionary.wiring),
         }
-        checkpoint.save(run_dir, self.step, self.state(), facts, self.config.train.keep)
+        moments = self._moments()
+        checkpoint.save(run_dir, self.step, self.state(moments), facts, self.config.train.keep)
+        self._take(moments)
 
     def resume(self, run_dir: str, step: int) -> None:
         """Go back to a checkpoint, written by any number of ranks (all ranks)."""
-        checkpoint.load(run_dir, step, self.state())
+        moments = self._moments()
+        checkpoint.load(run_dir, step, self.state(moments))
+        self._take(moments)
         self.step = step
         dead = torch.stack([mask.sum() for mask in self.dead_masks()])
         self.dead_totals = [int(n) for n in self.shards.total(dead).tolist()]

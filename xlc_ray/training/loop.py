@@ -157,11 +157,11 @@ def _steps(
     first, rows = learner.step, train.batch_tokens // learner.shards.replicas
     widths = {site: wiring.widths[site] for site in wiring.sites}
     dtype = getattr(torch, data.dtype)
-    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards)
+    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
     while learner.step < train.steps:
         asked = time.perf_counter()
-        batch = {site: values.to(device, non_blocking=True) for site, values in next(batches).items()}
+        batch = next(batches)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
         due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
@@ -196,7 +196,7 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     def read() -> Iterator[Mapping[str, Tensor]]:
         return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop)
 
-    found = shared(read, len(batches), widths, rows, getattr(torch, data.dtype), shards)
+    found = shared(read, len(batches), widths, rows, getattr(torch, data.dtype), shards, learner.device)
     for n, batch in zip(batches, found, strict=True):
         inside = slice(max(0, start - n * rows), start + tokens - n * rows)
         yield {site: values[inside] for site, values in batch.items()}

@@ -24,6 +24,7 @@ from xlc_ray.dictionary import losses
 from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.checkpoint import group_of
 from xlc_ray.dictionary.dictionary import columns_of
+from xlc_ray.training import optimizers
 from xlc_ray.training.learner import Learner
 
 Sample = Callable[[], Iterator[Mapping[str, Tensor]]]
@@ -147,6 +148,7 @@ def _write(learner: Learner, g: int, which: Tensor, x: Tensor, v: Tensor, encode
             continue
         if name.startswith("gate."):
             parameter[which] = fresh[name.removeprefix("gate.")].to(parameter)[which]
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in learner.optimizer.state[parameter]:
-                learner.optimizer.state[parameter][key][which] = 0
+        moments = optimizers.moments(learner.optimizer, parameter)
+        for key in optimizers.MOMENTS:
+            moments[key][which] = 0
+        optimizers.put(learner.optimizer, parameter, moments)
