@@ -11,7 +11,7 @@ from xlc_ray.config import UserError
 from xlc_ray.config.training import Resample
 from xlc_ray.dictionary import Shards, checkpoint, wiring
 from xlc_ray.dictionary.build import build
-from xlc_ray.training import Learner, logs, loop, train_alone
+from xlc_ray.training import Diverged, Learner, logs, loop, train_alone
 from xlc_ray.training.resampling import draw, resample
 from xlc_ray.training.schedules import resampled_after, rewarmed
 
@@ -118,6 +118,15 @@ def test_more_dead_features_than_rows_wait_for_the_next_time():
     assert all(torch.isfinite(p).all() for p in made.parameters.values())
 
 
+def test_a_row_that_is_not_finite_stops_training():
+    made, batch = learner(), cases.batches(CLT)[0]
+    before = state(made)
+    batch["mlp_out.1"][3, 2] = float("nan")
+    with pytest.raises(Diverged, match="step 2: resampling: a row's loss is not finite"):
+        resample(made, lambda: iter([batch]))
+    assert all(torch.equal(value, before[name]) for name, value in made.state().items())
+
+
 def test_where_none_is_dead_nothing_changes():
     made = learner(dead=((), ()))
     before = state(made)
@@ -168,6 +177,8 @@ def test_the_rate_rises_again_after_each_resampling():
     assert resampled_after(Resample(every=4, tokens=1), 8, 8) == 4  # not at the very end
     assert [rewarmed(settings, step, 16) for step in (0, 3, 4, 5, 6, 12, 13)] == [1, 1, 0.5, 1, 1, 0.5, 1]
     assert rewarmed(None, 4, 8) == 1
+    with pytest.raises(ValueError, match="warmup = 5 exceeds every = 4"):
+        Resample(every=4, tokens=1, warmup=5)
     made = learner(
         **{"train.resample": {"every": 4, "tokens": 1, "warmup": 2}, "train.lr_schedule": {"kind": "constant"}}
     )

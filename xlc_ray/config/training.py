@@ -128,6 +128,14 @@ class Resample(Settings):
     until: Fraction = 1.0
     """Share of the run after which no feature is resampled any more."""
 
+    @model_validator(mode="after")
+    def _rate_recovers(self) -> Resample:
+        if self.warmup > self.every:
+            raise ValueError(
+                f"warmup = {self.warmup} exceeds every = {self.every}: the rate would never be whole again"
+            )
+        return self
+
 
 class Optimizer(Settings):
     """Adam or AdamW, fused where the device has it."""

@@ -25,7 +25,7 @@ from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.checkpoint import group_of
 from xlc_ray.dictionary.dictionary import columns_of
 from xlc_ray.training import optimizers
-from xlc_ray.training.learner import Learner
+from xlc_ray.training.learner import Diverged, Learner
 
 Sample = Callable[[], Iterator[Mapping[str, Tensor]]]
 """Starts a pass over the sample: batches site → [rows, d], the same rows in the same order on all ranks."""
@@ -33,7 +33,9 @@ Sample = Callable[[], Iterator[Mapping[str, Tensor]]]
 
 @torch.no_grad()
 def resample(learner: Learner, sample: Sample) -> int:
-    """Start dead features anew; returns how many, over all ranks. All ranks call this, with the same sample."""
+    """Start dead features anew; returns how many, over all ranks. All ranks call this, with the same sample.
+
+    Raises Diverged where a row's loss is not finite."""
     learner.dictionary.eval()  # every row for itself, whatever the size of batches
     masks = learner.dead_masks()
     dead, lengths = _exchange(learner, masks)
@@ -41,6 +43,8 @@ def resample(learner: Learner, sample: Sample) -> int:
         return 0
     loss = torch.cat([_loss(learner, batch) for batch in sample()])
     loss = learner.shards.of_first_rank(loss)
+    if not torch.isfinite(loss).all():
+        raise Diverged(f"step {learner.step}: resampling: a row's loss is not finite; check the activations")
     rows = draw(loss.cpu().numpy(), int(dead.sum()), learner.config.seed, learner.step)
     own = _own_rows(rows, dead, learner.shards.rank)
     started = _starts(learner, sample, own)
