@@ -44,11 +44,11 @@ GATES = {
 CASES = [(w, g) for w in WIRINGS for g in GATES]
 GATES |= {
     "relu_ghost": ({"kind": "relu"}, {"ghost": {}}),
-    "topk_resampled": ({"kind": "topk", "k": 2, "rank_by": "decoder_norm"}, {}),
-    "jumprelu_resampled": (JUMP, TANH),
+    "topk_resampled": ({"kind": "topk", "k": 1, "rank_by": "decoder_norm"}, {}),
+    "jumprelu_resampled": ({**JUMP, "threshold": 2.0}, TANH),
 }
 CASES += [(w, g) for w in ("skip_transcoders", "clt", "tied_per_source") for g in list(GATES)[-3:]]
-RESAMPLE = {"every": 5, "tokens": 2 * ROWS, "warmup": 3}
+RESAMPLE = {"every": 5, "tokens": 2 * ROWS, "warmup": 3, "scale": 0.9}
 
 
 def config(gate: dict, loss: dict, **changes) -> Config:
@@ -85,7 +85,7 @@ def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Ten
     """Metrics of every step, gradients of the first, parameters and counters at the end. Sharded ones: this rank's."""
     wires, (gate, loss) = WIRINGS[case[0]], GATES[case[1]]
     if case[1].endswith("resampled"):
-        changes["train.resample"] = RESAMPLE
+        changes |= {"train.resample": RESAMPLE, "train.dead_after_tokens": ROWS}
     settings = config(gate, loss, **changes)
     dictionary = build(settings.dictionary, wires, seed=3, shards=shards)
     learner = Learner(dictionary, settings)

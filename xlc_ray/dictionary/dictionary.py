@@ -199,7 +199,7 @@ class Dictionary(nn.Module):
         whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
         first = whole[0] + self.b_dec
         if self.wiring.skip:
-            linear = [nnf.linear(columns_of(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+            linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
             first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
         return [first, *whole[1:]], found[0][1]
 
@@ -255,7 +255,7 @@ class Dictionary(nn.Module):
     def _preactivations(self, g: int, x: Tensor) -> Tensor:
         group = self.groups[g]
         with self._reduced_precision():
-            return nnf.linear(columns_of(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
+            return nnf.linear(_columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
 
     @torch.no_grad()
     def _select(self, x: Tensor, lengths: list[Tensor] | None, extra: list[Pool]) -> Selected:
@@ -294,13 +294,13 @@ class Dictionary(nn.Module):
         """The support of some entries, and the pre-activations there with gradient."""
         group = self.groups[g]
         support = Support(entry, (x.shape[0], group.b_enc.shape[0]))
-        return support, encode_at(columns_of(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
+        return support, encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
 
     @torch.no_grad()
     def _dead_preactivations(self, g: int, x: Tensor, dead: Tensor) -> Tensor:
         """[B, dead features of this rank]."""
         group = self.groups[g]
-        return nnf.linear(columns_of(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
+        return nnf.linear(_columns(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
 
     def _revive(self, g: int, x: Tensor, rivals: Tensor, dead: Tensor, limit: Limit | None) -> Features:
         """Activations max(pre, 0) of dead features, within the limit if there is one."""
@@ -316,7 +316,7 @@ class Dictionary(nn.Module):
     def _ghosts(self, g: int, x: Tensor, dead: Tensor) -> Chosen:
         """exp(pre) of dead features."""
         group, which = self.groups[g], positions(dead)
-        pre = nnf.linear(columns_of(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
+        pre = nnf.linear(_columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
         return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
 
     def _partial(self, features: Sequence[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
@@ -336,8 +336,7 @@ def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tenso
     return torch.cat([activations[s].to(like.dtype) for s in sites], dim=1)
 
 
-def columns_of(x: Tensor, spans: Spans) -> Tensor:
-    """Some columns of a matrix, side by side."""
+def _columns(x: Tensor, spans: Spans) -> Tensor:
     return x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, s] for s in spans], dim=1)
 
 
@@ -360,5 +359,5 @@ class _AddColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        parts = (columns_of(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
+        parts = (_columns(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
         return None, None, *parts
