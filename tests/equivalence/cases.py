@@ -43,7 +43,7 @@ GATES = {
 }
 CASES = [(w, g) for w in WIRINGS for g in GATES]
 GATES |= {
-    "relu_ghost": ({"kind": "relu"}, {"ghost": {}}),
+    "jumprelu_ghost": ({**JUMP, "threshold": 2.0}, {"ghost": {}}),
     "topk_resampled": ({"kind": "topk", "k": 1, "rank_by": "decoder_norm"}, {}),
     "jumprelu_resampled": ({**JUMP, "threshold": 2.0}, TANH),
 }
