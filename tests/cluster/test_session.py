@@ -44,6 +44,13 @@ def test_datasets_of_a_mixture_become_absolute_where_they_are_local(config, tmp_
     assert found[1].column == "messages"
 
 
+def test_another_run_is_found_as_by_evaluation(config, tmp_path, monkeypatch):
+    (tmp_path / "runs/sae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = resolve(config.override({"train.loss.connection": {"run": "runs/sae", "coefficient": 1.0}}))
+    assert found.train.loss.connection.run == f"{tmp_path}/runs/sae"
+
+
 def test_urls_and_absolute_paths_stay(config):
     found = resolve(config.override({"out": "s3://bucket/run", "source.path": "/data/store"}))
     assert (found.out, found.source.path) == ("s3://bucket/run", "/data/store")

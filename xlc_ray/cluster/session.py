@@ -106,6 +106,8 @@ def resolve(config: Config) -> Config:
     for path, name in (("source.path", config.source.path), ("out", config.out)):
         if "://" not in name or name.startswith("file://"):
             changes[path] = str(root / Path(local(name)).expanduser())
+    if config.train.loss.connection:
+        changes["train.loss.connection.run"] = run_path(config.train.loss.connection.run)
     resolved = config.override(changes)
     if "XLC_ROOT" not in os.environ and _in_job_copy(Path.cwd()) and not _all_absolute(config):
         print(f"job runs in a temporary copy: out is {resolved.out}, source.path is {resolved.source.path}", flush=True)

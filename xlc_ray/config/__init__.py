@@ -66,6 +66,13 @@ class Config(Settings):
             raise ValueError(f"train.loss.sparsity.kind: l0 needs the gate jumprelu, not {gate.kind}; use l1 or tanh")
         if loss.sparsity and loss.sparsity.target_l0 and loss.sparsity.kind != "l0":
             raise ValueError("train.loss.sparsity.target_l0: only with kind l0")
+        if loss.auxk and loss.ghost:
+            raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
+        if self.train.resample and getattr(self.dictionary.wiring, "tied", None) == "per_target":
+            raise ValueError(
+                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
+                "train.loss.auxk, train.loss.ghost or tied: per_source"
+            )
         return self
 
     def override(self, changes: dict[str, Any]) -> Config:

@@ -21,22 +21,32 @@ import torch.nn.functional as nnf
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary import tied
+from xlc_ray.dictionary.features import Chosen, Features
 from xlc_ray.dictionary.gates import Gate, Selected
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, sparse_pays
-from xlc_ray.dictionary.wiring import Spans, Wiring
+from xlc_ray.dictionary.wiring import Spans, Tying, Wiring
 
+GHOST = 30.0  # dead pre-activations beyond this no longer grow under exp, which would overflow
 TILE = 2**23  # pre-activations in a tile: 32 MB
 INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
 
 
 class FeatureGroup(nn.Module):
-    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites."""
+    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites.
 
-    def __init__(self, features: int, read_width: int, write_width: int):
+    With tied decoders W_dec is [F, d], and `feature_scale`, `feature_offset` [F] (or None) belong to the group's own
+    target: see tied.py."""
+
+    feature_scale: nn.Parameter | None
+    feature_offset: nn.Parameter | None
+
+    def __init__(self, features: int, read_width: int, write_width: int, tying: Tying | None):
         super().__init__()
+        self.feature_scale = nn.Parameter(torch.ones(features)) if tying and tying.scale else None
+        self.feature_offset = nn.Parameter(torch.zeros(features)) if tying and tying.offset else None
         self.W_enc = nn.Parameter(torch.empty(features, read_width))
         self.b_enc = nn.Parameter(torch.zeros(features))
         self.W_dec = nn.Parameter(torch.empty(features, write_width))
@@ -58,28 +68,29 @@ class FeatureGroup(nn.Module):
             self.W_enc[lo - first : hi - first] = decoder if tied else nnf.normalize(rows[:, width:], dim=1)
 
     def norms(self) -> Float[Tensor, "F"]:
-        """n_i: norm of each feature's whole decoder row. Its gradient at a zero row is zero."""
+        """Norm of each row of W_dec. Its gradient at a zero row is zero."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
 
 
 @dataclass(frozen=True)
 class DeadFeatures:
-    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used."""
+    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used with
+    max(pre, 0) (AuxK), or None: all are, with exp(pre) (ghost gradients)."""
 
     masks: list[Bool[Tensor, "F"]]
     totals: list[int]
-    k: int
+    k: int | None
 
 
 @dataclass(frozen=True)
 class Encoding:
     """What encoding a batch gives: features, and where asked for all pre-activations [B, F] (with gradient), decoder
-    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK."""
+    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK or ghost gradients."""
 
     features: list[Features]
     pre: list[Tensor] | None
     norms: list[Tensor] | None
-    revived: list[Features] | None
+    revived: Sequence[Features] | None
 
 
 class Dictionary(nn.Module):
@@ -97,7 +108,7 @@ class Dictionary(nn.Module):
         self.wiring, self.sizes, self.gate, self.shards, self.products = wiring, sizes, gate, shards, products
         self.matmul_dtype: torch.dtype | None = None  # bfloat16: dense products under autocast
         self.groups = nn.ModuleList(  # pyrefly: ignore (a sequence of just these)
-            FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.width(wiring.writes[g]))
+            FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.decoder_width(g), wiring.tied)
             for g, (lo, hi) in enumerate(shards.bounds(n) for n in sizes)
         )
         read, written = wiring.width(wiring.read_sites), wiring.width(wiring.written_sites)
@@ -117,6 +128,16 @@ class Dictionary(nn.Module):
     def is_sharded(self, name: str) -> bool:
         """Whether a parameter (by its name) is split over the ranks of a replica by its first dimension."""
         return name.startswith(("groups.", "gate."))
+
+    def norms(self, g: int) -> Float[Tensor, "F"]:
+        """n_i: norm of each feature's whole decoder row, over all sites that group g writes."""
+        return tied.norms(self.wiring, self.groups, g) if self.wiring.tied else self.groups[g].norms()
+
+    def decoder_rows(self, g: int, site: str) -> Float[Tensor, "F d"]:
+        """What the features of group g write at one of its sites, in the dictionary's units."""
+        if self.wiring.tied:
+            return tied.rows(self.wiring, self.groups, g, site)
+        return self.groups[g].W_dec[:, self.wiring.columns(self.wiring.writes[g])[site]]
 
     # ------------------------------------------------------------ units
 
@@ -145,15 +166,19 @@ class Dictionary(nn.Module):
         """Features, and on demand what the loss needs besides. One small collective at most, as a rule."""
         wanted = norms or self.gate.needs_norms
         with torch.no_grad():
-            lengths = [group.norms() for group in self.groups] if wanted else None
+            lengths = [self.norms(g) for g in range(self.wiring.groups)] if wanted else None
         every = range(self.wiring.groups)
         whole = [self._preactivations(g, x) for g in every] if pre else None
-        rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every} if dead else {}
-        pools = {g: Pool(rivals[g], dead.k) for g in rivals if dead and dead.totals[g] > dead.k}
+        rivals, pools = {}, {}
+        if dead and dead.k is not None:
+            rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every}
+            pools = {g: Pool(rivals[g], dead.k) for g in every if dead.totals[g] > dead.k}
         picked, limits = self._select(x, lengths, list(pools.values()))
         features = [self._features(g, x, picked[g], whole) for g in every]
         revived = None
-        if dead:
+        if dead and dead.k is None:
+            revived = [self._ghosts(g, x, dead.masks[g]) for g in every]
+        elif dead:
             allowed = dict(zip(pools, limits, strict=True))
             revived = [self._revive(g, x, rivals[g], dead.masks[g], allowed.get(g)) for g in every]
         return Encoding(features, whole, lengths, revived)
@@ -163,7 +188,7 @@ class Dictionary(nn.Module):
         return self.decode_all([features], x)[0][0]
 
     def decode_all(
-        self, codes: list[list[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
+        self, codes: list[Sequence[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
     ) -> tuple[list[Float[Tensor, "B W"]], list[Tensor] | None]:
         """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only.
 
@@ -193,7 +218,7 @@ class Dictionary(nn.Module):
         raw = _join(activations, sites, self.b_dec)
         mean, scale = (torch.cat([v[columns[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
         x, group = (raw - mean) / scale, self.groups[g]
-        norms = [each.norms().detach() for each in self.groups] if self.gate.needs_norms else None
+        norms = [self.norms(n).detach() for n in range(len(self.groups))] if self.gate.needs_norms else None
         pre = nnf.linear(x, group.W_enc, group.b_enc)
         tile = Tile(g, 0, x.shape[0], pre.detach)
         picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]
@@ -211,11 +236,14 @@ class Dictionary(nn.Module):
             if site not in sites:
                 continue
             own = self.wiring.columns(sites)[site]
-            out = out + features[g].decode(self.groups[g].W_dec[:, own])[0]
+            if self.wiring.tied:
+                out = out + tied.decode_site(self.wiring, self.groups, g, site, features[g])
+            else:
+                out = out + features[g].decode(self.groups[g].W_dec[:, own])[0]
             if self.wiring.skip:
                 read = self.wiring.columns(self.wiring.read_sites)[self.wiring.reads[g][0]]
                 raw = _join(activations, self.wiring.reads[g], self.b_dec)
-                out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g])
+                out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g][own])
         return out * self.write_scale[here] + self.write_mean[here]
 
     # ------------------------------------------------------------ inside
@@ -299,7 +327,18 @@ class Dictionary(nn.Module):
         support, pre = self._entries(g, x, entry, found.pre)
         return Features(pre, pre, support)
 
-    def _partial(self, features: list[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+    def _ghosts(self, g: int, x: Tensor, dead: Tensor) -> Chosen:
+        """exp(pre) of dead features."""
+        group, which = self.groups[g], positions(dead)
+        pre = nnf.linear(_columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
+        return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
+
+    def _partial(self, features: Sequence[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+        if self.wiring.tied:
+            with self._reduced_precision():
+                spans, outs = tied.decode(self.wiring, self.groups, features)
+            lengths = [self.norms(g) for g in range(len(features))] if norms else None
+            return _AddColumns.apply(self.b_dec.shape[0], spans, *outs), lengths
         known = norms or [None] * len(features)
         with self._reduced_precision():
             made = [f.decode(g.W_dec, n) for f, g, n in zip(features, self.groups, known, strict=True)]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -44,9 +44,11 @@ class Features:
 
     def total(self, term: Callable[..., Tensor], *per_feature: Float[Tensor, "F"]) -> Float[Tensor, ""]:
         """Σ term(f, pre, *per_feature) over tokens and features; the term must vanish outside the support."""
-        if self.support:
-            per_feature = tuple(p[self.support.feature] for p in per_feature)
-        return term(self.values, self.pre, *per_feature).sum()
+        return term(self.values, self.pre, *map(self.at, per_feature)).sum()
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each feature, where `values` has its entries: [F] where dense, [n] on the support."""
+        return per_feature[self.support.feature] if self.support else per_feature
 
     def l0(self) -> Int[Tensor, "B"]:
         """Active features of each token."""
@@ -69,3 +71,21 @@ class Features:
             return self.support.token[which], self.support.feature[which], self.values[which]
         which = positions(self.values != 0)
         return which // self.shape[1], which % self.shape[1], self.values.flatten()[which]
+
+
+@dataclass(frozen=True)
+class Chosen(Features):
+    """Features of which only some are computed, densely: `values`, `pre` [B, n] of the features `which` [n]."""
+
+    which: Int[Tensor, "n"] = field(kw_only=True)
+
+    def decode(
+        self, W_dec: Float[Tensor, "F W"], norms: Float[Tensor, "F"] | None = None
+    ) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+        """f W_dec over those features."""
+        assert norms is None, "norms belong to the whole code"
+        return self.values @ W_dec[self.which], None
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each of those features: [n]."""
+        return per_feature[self.which]

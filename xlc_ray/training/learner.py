@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from xlc_ray.config import Config, UserError
-from xlc_ray.dictionary import checkpoint, losses
+from xlc_ray.dictionary import checkpoint, connection, losses
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.dictionary.recycling import forget_gradients
 from xlc_ray.training import optimizers
-from xlc_ray.training.schedules import factor
+from xlc_ray.training.schedules import factor, rewarmed
 
 Batch = Mapping[str, Tensor]
 Terms = dict[str, tuple[float, Tensor, bool]]
@@ -50,6 +50,7 @@ class Learner:
         per_dim = train.loss.scale == "per_dim"
         self.weights = losses.site_weights(widths, True).to(dictionary.b_dec) if per_dim else None
         self.auxk = train.loss.auxk.k or max(1, max(widths) // 2) if train.loss.auxk else 0
+        self.others = connection.others(dictionary, train.loss.connection.run) if train.loss.connection else {}
 
     # ------------------------------------------------------------ a step
 
@@ -65,6 +66,9 @@ class Learner:
             cut = slice(rows * i // parts, rows * (i + 1) // parts)
             micro = {site: values[cut] for site, values in batch.items()}
             metrics = self._micro_step(micro, fired, measure, metrics)
+        if of_weights := self._weight_terms():
+            torch.stack([weight * term for weight, term, _ in of_weights.values()]).sum().backward()
+            metrics |= _named(of_weights) if measure else {}
         self._mean_over_replicas(fired)
         self._count_silence(fired, rows * self.shards.replicas)
         norm = self._finish_gradients()
@@ -79,7 +83,8 @@ class Learner:
 
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
-        return self.config.train.lr * factor(self.config.train.lr_schedule, step, self.config.train.steps)
+        train = self.config.train
+        return train.lr * factor(train.lr_schedule, step, train.steps) * rewarmed(train.resample, step, train.steps)
 
     def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
@@ -125,7 +130,15 @@ class Learner:
         if error_hat and loss.auxk:
             dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
             terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(error_hat[0], y - y_hat, self.weights), False)
+        if error_hat and loss.ghost:
+            terms["ghost"] = (loss.ghost.coefficient, losses.ghost(error_hat[0], y - y_hat, self.weights), False)
         return terms
+
+    def _weight_terms(self) -> Terms:
+        """Terms of the weights alone: once a step, whatever the batch."""
+        if (c := self.config.train.loss.connection) is None:
+            return {}
+        return {"connection": (c.coefficient, connection.overlap(self.dictionary, self.others), True)}
 
     def _needs_norms(self) -> bool:
         loss = self.config.train.loss
@@ -133,11 +146,12 @@ class Learner:
         return by_norm or loss.preactivation > 0
 
     def _dead(self) -> DeadFeatures | None:
-        if not self.auxk or not sum(self.dead_totals):
+        if not (self.auxk or self.config.train.loss.ghost) or not sum(self.dead_totals):
             return None
-        return DeadFeatures(self._dead_masks(), self.dead_totals, self.auxk)
+        return DeadFeatures(self.dead_masks(), self.dead_totals, self.auxk or None)
 
-    def _dead_masks(self) -> list[Tensor]:
+    def dead_masks(self) -> list[Tensor]:
+        """[F] of each group: which of this rank's features are dead."""
         return [s >= self.config.train.dead_after_tokens for s in self.silent]
 
     # ------------------------------------------------------------ after backward
@@ -180,7 +194,7 @@ class Learner:
         own, common = [], []
         for name, grad in self._gradients().items():
             (own if self.dictionary.is_sharded(name) else common).append(grad)
-        dead = [mask.sum() for mask in self._dead_masks()]
+        dead = [mask.sum() for mask in self.dead_masks()]
         shared = torch.stack([_square(own), *dead]).double()
         square, *totals = self.shards.total(shared).tolist()
         self.dead_totals = [int(n) for n in totals]
@@ -203,10 +217,7 @@ class Learner:
 
     def _measure(self, code: Encoding, terms, y_hat: Tensor, y: Tensor) -> dict[str, Tensor]:
         """This rank's metrics: those whose name begins with '+' are parts of a sum over ranks."""
-        found = {}
-        for name, (weight, term, partial) in terms.items():
-            found[("+" if partial else "") + name] = term.detach()
-            found[("+" if partial else "") + f"weighted/{name}"] = weight * term.detach()
+        found = _named(terms)
         error, spread = (y - y_hat).square().sum(), (y - y.mean(dim=0)).square().sum()
         found["explained_variance"] = 1 - error / spread
         for g, f in enumerate(code.features):
@@ -268,8 +279,17 @@ class Learner:
         checkpoint.load(run_dir, step, self.state(moments))
         self._take(moments)
         self.step = step
-        dead = torch.stack([mask.sum() for mask in self._dead_masks()])
+        dead = torch.stack([mask.sum() for mask in self.dead_masks()])
         self.dead_totals = [int(n) for n in self.shards.total(dead).tolist()]
+
+
+def _named(terms: Terms) -> dict[str, Tensor]:
+    """Metrics of loss terms: each as it is, and as it counts."""
+    found = {}
+    for name, (weight, term, partial) in terms.items():
+        found[("+" if partial else "") + name] = term.detach()
+        found[("+" if partial else "") + f"weighted/{name}"] = weight * term.detach()
+    return found
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

@@ -34,11 +34,13 @@ ENTRY_BYTES = 120  # moved by selection, sorting and index arithmetic for each a
 
 @dataclass(frozen=True)
 class Group:
-    """One feature group: features, read and written width, active features a token, and whether products are sparse."""
+    """One feature group: features, read and written width, columns of the decoder that it stores, active features a
+    token, and whether products are sparse."""
 
     features: int
     read: int
     written: int
+    stored: int
     active: float
     sparse: bool
 
@@ -63,7 +65,7 @@ class Work:
     @property
     def parameters(self) -> int:
         """Of the whole dictionary."""
-        return self.extra + sum(g.features * (g.read + g.written + 1) for g in self.groups)
+        return self.extra + sum(g.features * (g.read + g.stored + 1) for g in self.groups)
 
     @property
     def active(self) -> list[float]:
@@ -96,14 +98,16 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
     else:
         each = (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
     groups = []
-    for reads, writes in zip(wires.reads, wires.writes, strict=True):
+    for g, (reads, writes) in enumerate(zip(wires.reads, wires.writes, strict=True)):
         share = min(each, d.features) / d.features
         sparse = d.products == "sparse" or (d.products == "auto" and share <= BREAK_EVEN)
         active_here = share * d.features if sparse else d.features
-        groups.append(Group(d.features, wires.width(reads), wires.width(writes), active_here, sparse))
+        widths = wires.width(reads), wires.width(writes), wires.decoder_width(g)
+        groups.append(Group(d.features, *widths, active_here, sparse))
     written = wires.width(wires.written_sites)
     skips = sum(wires.width(r) * wires.width(w) for r, w in zip(wires.reads, wires.writes, strict=True))
-    extra = written + (skips if wires.skip else 0) + (d.features * wires.groups if gate.kind == "jumprelu" else 0)
+    a_feature = (gate.kind == "jumprelu") + (wires.tied.scale + wires.tied.offset if wires.tied else 0)
+    extra = written + (skips if wires.skip else 0) + d.features * wires.groups * a_feature
     return Work(
         tuple(groups),
         train.batch_tokens,
