@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from xlc_ray.config import Config, UserError, load_config
+from xlc_ray.config.errors import nearest
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
@@ -75,13 +76,50 @@ def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> 
     _run(lambda argv: main(*words_of(argv, "--run")), about, "--run")
 
 
+def run_with(main: Callable[..., object], about: str | None, needed: dict[str, str], other: dict[str, str]) -> NoReturn:
+    """Likewise for a job without settings: `main` gets the options by name, those in `other` None where not given.
+
+    Both say what an option's value is: {"--run": "DIR, the directory of a trained run"}."""
+    known = needed | {name: f"{what} (may be left out)" for name, what in other.items()}
+    words = " ".join(f"{name} {what.split(',')[0]}" for name, what in needed.items())
+    lines = [(about or "").strip(), "", f"usage: python {sys.argv[0]} {words}", "", "Options:"]
+    _exit_after(lambda argv: main(**options_of(argv, needed, other)), "\n".join(lines + _aligned(known)))
+
+
+def _aligned(known: dict[str, str]) -> list[str]:
+    return [f"  {name:<16}{what}" for name, what in known.items()]
+
+
+def options_of(argv: list[str], needed: dict[str, str], other: dict[str, str]) -> dict[str, str | None]:
+    """The values of options, "--push-to-hub x" as well as "--push-to-hub=x", by their names as Python writes them.
+
+    Raises UserError, one line, on an option that is unknown, without value, or missing."""
+    found: dict[str, str | None] = dict.fromkeys((*needed, *other))
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in found:
+            raise UserError(f"{word}: unknown option; {nearest(name, list(found))}")
+        found[name] = value if equals else next(words, "")
+        if not found[name]:
+            raise UserError(f"{name}: needs a value: {name} {(needed | other)[name]}")
+    for name, what in needed.items():
+        if found[name] is None:
+            raise UserError(f"{name}: missing; give {name} {what}")
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in found.items()}
+
+
 def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
+    _exit_after(main, help_text(sys.argv[1:], about, option))
+
+
+def _exit_after(main: Callable[[list[str]], object], help: str) -> NoReturn:
     """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
 
     Anything else is a defect of ours and keeps its traceback."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
-        print(help_text(argv, about, option))
+        print(help)
         sys.exit(0)
     try:
         main(argv)
