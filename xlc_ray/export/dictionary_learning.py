@@ -59,39 +59,44 @@ def write(dictionary: Dictionary, config: Config, out: str) -> Dictionary:
 
 
 def _write_one(made: Dictionary, trained: gates.Gate, g: int, config: Config, out: str) -> None:
-    group, (site,) = made.groups[g], made.wiring.reads[g]
-    W_enc, W_dec = group.W_enc.detach(), group.W_dec.detach()
-    bias = made.b_dec.detach()[made.wiring.columns(made.wiring.written_sites)[site]]
-    shifted = (group.b_enc.double() + W_enc.double() @ bias.double()).to(W_enc.dtype)
-    linear: dict[str, Tensor] = {"encoder.weight": W_enc, "encoder.bias": shifted, "decoder.weight": W_dec.T}
-    extra: dict[str, Any] = {}
-    batch = isinstance(trained, gates.TopK) and trained.over_batch and not (trained.over_groups or trained.needs_norms)
-    if isinstance(made.gate, gates.ReLU):
-        name, tensors = "AutoEncoder", {"bias": bias, **linear}
-    elif batch or isinstance(made.gate, gates.TopK):
-        assert isinstance(trained, gates.TopK)
-        name, extra = "BatchTopKSAE" if batch else "AutoEncoderTopK", {"k": trained.k}
-        threshold = trained.inference_threshold[g] if batch else torch.tensor(-1.0)  # -1: it has none
-        tensors = {"b_dec": bias, "k": torch.tensor(trained.k, dtype=torch.int32), "threshold": threshold, **linear}
-    else:
-        name, theta = "JumpReluAutoEncoder", made.gate.threshold(g)
-        assert isinstance(theta, Tensor)
-        tensors = {"W_enc": W_enc.T, "b_enc": group.b_enc, "W_dec": W_dec, "b_dec": bias, "threshold": theta}
+    (site,), (features, width) = made.wiring.reads[g], made.groups[g].W_enc.shape
+    name, tensors = _tensors(made, trained, g)
     kind, layer = kind_and_layer(site) or (site, None)
     trainer = {
         "trainer_class": TRAINERS[name],
         "dict_class": name,
-        "activation_dim": W_enc.shape[1],
-        "dict_size": W_enc.shape[0],
-        **extra,
+        "activation_dim": width,
+        "dict_size": features,
+        **({"k": int(tensors["k"])} if "k" in tensors else {}),
         "layer": layer,
         "lm_name": model_name(config),
         "submodule_name": f"{kind}_layer_{layer}" if layer is not None else site,
     }
     folder = out if made.wiring.groups == 1 else files.join(out, site)
     write_tensors(files.join(folder, WEIGHTS), tensors)
-    buffer = {"d_submodule": W_enc.shape[1], "io": "out", "ctx_len": config.text.context}
+    buffer = {"d_submodule": width, "io": "out", "ctx_len": config.text.context}
     files.write_json(files.join(folder, "config.json"), {"trainer": trainer, "buffer": buffer})
+
+
+def _tensors(made: Dictionary, trained: gates.Gate, g: int) -> tuple[str, dict[str, Tensor]]:
+    """The class for group g and its state; `trained` is the gate before it was made plain."""
+    group, (site,) = made.groups[g], made.wiring.reads[g]
+    W_enc, W_dec = group.W_enc.detach(), group.W_dec.detach()
+    bias = made.b_dec.detach()[made.wiring.columns(made.wiring.written_sites)[site]]
+    shifted = (group.b_enc.double() + W_enc.double() @ bias.double()).to(W_enc.dtype)
+    linear: dict[str, Tensor] = {"encoder.weight": W_enc, "encoder.bias": shifted, "decoder.weight": W_dec.T}
+    if isinstance(made.gate, gates.ReLU):
+        return "AutoEncoder", {"bias": bias, **linear}
+    if isinstance(made.gate, gates.TopK):
+        name, k, threshold = "AutoEncoderTopK", made.gate.k, torch.tensor(-1.0)  # -1: it has none
+    elif isinstance(trained, gates.TopK) and trained.over_batch and not (trained.over_groups or trained.needs_norms):
+        name, k, threshold = "BatchTopKSAE", trained.k, trained.inference_threshold[g]
+    else:
+        theta = made.gate.threshold(g)
+        assert isinstance(theta, Tensor)
+        plain_names = {"W_enc": W_enc.T, "b_enc": group.b_enc, "W_dec": W_dec, "b_dec": bias, "threshold": theta}
+        return "JumpReluAutoEncoder", plain_names
+    return name, {"b_dec": bias, "k": torch.tensor(k, dtype=torch.int32), "threshold": threshold, **linear}
 
 
 def _write_crosscoder(made: Dictionary, config: Config, out: str) -> Dictionary:

@@ -17,7 +17,7 @@ from torch import Tensor
 from xlc_ray import files
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
-from xlc_ray.export.names import hook_of, model_name, site_of
+from xlc_ray.export.names import hook_of, model_name, public, site_of
 from xlc_ray.export.plain import assemble, jumprelu, plain, refuse, shape_of, thresholds_of, topk, unit_rows
 from xlc_ray.export.weights import pick, read_mapping, read_tensors, write_tensors
 
@@ -88,7 +88,7 @@ def _write_one(made: Dictionary, g: int, config: Config, architecture: str, fold
         "context_size": config.text.context,
         "prepend_bos": config.text.prepend_bos,
         "exclude_special_tokens": config.text.ignore_special,
-        "dataset_path": config.text.dataset,
+        "dataset_path": public(config.text.dataset),
     }
     if architecture == "topk":
         assert isinstance(made.gate, gates.TopK)
