@@ -25,13 +25,14 @@ def test_commands_name_jobs_files_and_settings_that_exist(command):
     job = words.index("python") + 1
     assert (ROOT / words[job]).is_file()
     option, value, *overrides = words[job + 1 :]
-    assert option == ("--run" if "evaluate" in words[job] else "--config")
+    assert option == ("--run" if words[job] in ("jobs/evaluate.py", "jobs/export.py") else "--config")
     if option == "--config":
         load_config(ROOT / value, dict(word.removeprefix("--").split("=", 1) for word in overrides))
 
 
 def test_commands_were_found():
-    assert {re.search(r"jobs/(\w+)", command).group(1) for command in COMMANDS} == {"generate", "train", "evaluate"}
+    found = {re.search(r"jobs/(\w+)", command).group(1) for command in COMMANDS}
+    assert found == {"generate", "train", "evaluate", "export"}
 
 
 def test_python_uses_names_that_exist():

@@ -100,7 +100,10 @@ def test_card_says_how_to_load_what_was_measured_and_no_local_path(tmp_path, run
     dictionary, _ = make.trained("saes", "relu")
     other = hub.card(dictionary, config, "saelens", None, "me/saes")
     assert yaml.safe_load(other.split("---")[1])["base_model"] == "openai-community/gpt2"
-    assert 'SAE.load_from_disk("me/saes/resid_post.0")' in other
+    assert 'folder = snapshot_download("me/saes") + "/resid_post.0"\nsae = SAE.load_from_disk(folder)\n' in other
+    crosscoder, _ = make.trained("acausal", "relu")
+    last = hub.card(crosscoder, make.config("acausal", "relu"), "dictionary_learning", None, "me/cc")
+    assert 'snapshot_download("me/cc") + ""\nweights = torch.load(f"{folder}/cc_weights.pt")' in last
     local = hub.card(dictionary, config.override({"model.name": "/home/me/gpt2"}), "saelens", None, None)
     assert "/home" not in local
 

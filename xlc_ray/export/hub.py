@@ -25,14 +25,18 @@ from xlc_ray.export.names import model_name, public
 
 CARD = "README.md"
 METRICS = ("explained_variance", "fvu", "l0", "dead_features", "ce_recovered", "kl", "top1_agreement")
+_FETCH = (
+    'from huggingface_hub import snapshot_download\n{imports}\n\nfolder = snapshot_download("{{repo}}") + "{{inner}}"\n'
+)
 LOAD = {
     "circuit_tracer": "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub\n\n"
     'transcoder, facts = load_transcoder_from_hub("{repo}")',
-    "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("{folder}")',
-    "dictionary_learning": "from dictionary_learning.utils import load_dictionary\n\n"
-    'dictionary, facts = load_dictionary("{folder}", device="cpu")',
-    "crosscoder": 'import torch\n\nweights = torch.load("{folder}/cc_weights.pt")',
+    "saelens": _FETCH.format(imports="from sae_lens import SAE") + "sae = SAE.load_from_disk(folder)",
+    "dictionary_learning": _FETCH.format(imports="from dictionary_learning.utils import load_dictionary")
+    + 'dictionary, facts = load_dictionary(folder, device="cpu")',
+    "crosscoder": _FETCH.format(imports="import torch") + 'weights = torch.load(f"{{folder}}/cc_weights.pt")',
 }
+"""How to load what was pushed, with the repository and the folder in it that is meant."""
 T = TypeVar("T")
 
 
@@ -45,10 +49,8 @@ def card(made: Dictionary, config: Config, form: str, metrics: dict[str, Any] | 
     }
     if config.model.name == model and "/" in model:
         facts["base_model"] = model
-    folder = repo or "."
-    if form != "circuit_tracer" and wiring.groups > 1:
-        folder += f"/{wiring.reads[0][0]}"
-    how = LOAD["crosscoder" if len(wiring.reads[0]) > 1 else form].format(repo=repo or "user/name", folder=folder)
+    inner = f"/{wiring.reads[0][0]}" if wiring.groups > 1 else ""
+    how = LOAD["crosscoder" if len(wiring.reads[0]) > 1 else form].format(repo=repo or "user/name", inner=inner)
     lines = [
         f"---\n{yaml_text.dump(facts)}---",
         f"# {config.dictionary.wiring.kind} of {model}",
