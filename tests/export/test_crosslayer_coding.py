@@ -116,7 +116,7 @@ def test_of_several_checkpoints_the_latest(tmp_path):
         ({"activation_fn": "batchtopk"}, "activation_fn batchtopk depends on the other tokens.*convert_batchtopk"),
         ({"normalization_method": "mean_std"}, r"norm_stats\.json: missing, but cfg\.json says.*mean_std; copy"),
         ({"normalization_method": "sqrt_d_model"}, "sqrt_d_model is not known; allowed: none, mean_std, auto"),
-        ({"num_layers": 4}, r"has no tensor encoder_module\.encoders\.3\.weight"),
+        ({"num_layers": 4}, r"has no tensor decoder_module\.decoders\.0->3\.weight"),
         ({"decoder_tying": "per_source"}, r"has no tensor decoder_module\.decoders\.0\.weight"),
         ({"d_model": 9}, r"W_enc of group 0 is \[5, 4\], but \[5, 9\]"),
     ],

@@ -50,7 +50,9 @@ def pick(tensors: Mapping[str, Tensor], path: str, *names: str) -> list[Tensor]:
     """Some tensors of a file. Raises UserError naming the first that is not there."""
     for name in names:
         if name not in tensors:
-            raise UserError(f"{path}: has no tensor {name}; it has: {', '.join(sorted(tensors))}")
+            there = sorted(tensors)
+            more = ", …" if len(there) > 8 else ""
+            raise UserError(f"{path}: has no tensor {name}; it has: {', '.join(there[:8])}{more}")
     return [tensors[name] for name in names]
 
 
