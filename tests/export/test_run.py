@@ -195,7 +195,8 @@ def test_what_the_hub_refuses_is_one_line(tmp_path):
     assert said[3].startswith("--push-to-hub me/clt: the Hub cannot be reached")
 
 
-def test_without_the_hub_nothing_is_written(tmp_path, run):
+def test_without_the_hub_nothing_is_written(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="--push-to-hub me/clt: HF_HUB_OFFLINE is set"):  # as in all our tests
         export(run, "circuit_tracer", str(tmp_path / "out"), "me/clt")
     assert not (tmp_path / "out").exists()
