@@ -97,12 +97,15 @@ def available(kind: str) -> float:
 def resolve(config: Config) -> Config:
     """The same settings with absolute local paths, because workers run in other directories; URLs stay as they are.
 
-    `model.name` and `text.dataset` are seen from the working directory and left alone where nothing is there (a name on
-    the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working directory, or, in a Ray job
-    that runs in a temporary copy of it, to ~/xlc_ray.
+    `model.name`, `base_model.name` and `text.dataset` are seen from the working directory and left alone where nothing
+    is there (a name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working
+    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray.
     """
     changes = {}
-    for path, name in (("model.name", config.model.name), ("text.dataset", config.text.dataset)):
+    places = {"model.name": config.model.name, "text.dataset": config.text.dataset}
+    if config.base_model:
+        places["base_model.name"] = config.base_model.name
+    for path, name in places.items():
         if _exists_here(name):
             changes[path] = os.path.abspath(local(name))
     root = output_root()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from xlc_ray.config.base import Fraction, Name, Settings
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Token = Annotated[int, Field(ge=0, strict=True)] | Name
+"""A token's id, or the token as text."""
 
 
 class Model(Settings):
     """The language model whose activations are explained."""
+
+    section: ClassVar[str] = "model"
+    """Where these settings stand, for messages."""
 
     name: Name
     """A Hugging Face name or a local directory."""
@@ -22,6 +27,15 @@ class Model(Settings):
     """Precision of the forward pass."""
     trust_remote_code: bool = False
     """Allow the model's repository to run its own code."""
+
+
+class BaseOf(Model):
+    """The model that `model` was fine-tuned from. It reads the same tokens; its sites are named resid_post.2@base."""
+
+    section: ClassVar[str] = "base_model"
+
+    replace_tokens: tuple[tuple[Token, Token], ...] = ()
+    """Pairs [token, other]: control tokens that the base never saw; it reads the other at their positions."""
 
 
 class Text(Settings):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from xlc_ray.config import UserError
-from xlc_ray.dictionary import Dictionary
+from xlc_ray.dictionary import Dictionary, Features
 from xlc_ray.evaluation.metrics import ReconstructionMetrics
+
+Watch = Callable[[list[Features], Tensor, Tensor], None]
+"""Sees the features of a batch, its targets y and their reconstruction [B, W], both normalised."""
 
 
 @torch.no_grad()
-def evaluate_reconstruction(dictionary: Dictionary, batches: Iterable[dict[str, Tensor]]) -> ReconstructionMetrics:
-    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units.
+def evaluate_reconstruction(
+    dictionary: Dictionary, batches: Iterable[dict[str, Tensor]], watch: Watch | None = None
+) -> ReconstructionMetrics:
+    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watch` sees each batch too.
 
     The dictionary is measured in its inference form and left as it was found. Raises UserError where there is no row,
     or where a site or its reconstruction is not finite.
@@ -30,6 +35,8 @@ def evaluate_reconstruction(dictionary: Dictionary, batches: Iterable[dict[str, 
         features = dictionary.encode(x)
         y_hat = dictionary.decode(features, x)
         metrics.update(batch, dictionary.denormalize(y_hat), y, y_hat, [f.count() for f in features])
+        if watch:
+            watch(features, y, y_hat)
     dictionary.train(was_training)
     _check(metrics)
     return metrics

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlc_ray.activations.harvest import LanguageModel
+from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.activations.store import Store, decode
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
+from xlc_ray.evaluation.model_diff import ModelDiff
+from xlc_ray.evaluation.pair import evaluate_pair
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import Batch, evaluate_replacement, prepare
 
@@ -23,8 +25,9 @@ def evaluate(
 
     Returns the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes, features,
     l0, dead_features), `feature_density` and `replacement` (None where evaluate.windows is 0; then ce_recovered, kl and
-    top1_agreement are None too). The dictionary moves to `device` and is left in its inference form. Raises UserError
-    where the store lacks a site that the dictionary reads or writes, or the text that is to be read.
+    top1_agreement are None too); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and is
+    left in its inference form. Raises UserError where the store lacks a site that the dictionary reads or writes, or
+    the text that is to be read.
     """
     settings, wiring = config.evaluate, dictionary.wiring
     if lacking := [site for site in wiring.sites if site not in held_out_store.manifest.sites]:
@@ -34,12 +37,16 @@ def evaluate(
         raise UserError(f"evaluate.windows: {held_out_store.path} does not know the text of its rows; allowed: 0")
     dictionary = dictionary.to(device).eval()
     batches = held_out_batches(held_out_store, wiring.sites, settings.batch_tokens, settings.tokens)
-    found = evaluate_reconstruction(dictionary, batches).compute()
+    diff = ModelDiff.of(dictionary)
+    found = evaluate_reconstruction(dictionary, batches, diff.update if diff else None).compute()
     replacement = None
     if settings.windows:
-        model = LanguageModel(config.model, device)
+        model = load_models(config, wiring.sites, device)
         windows = held_out_windows(held_out_store, settings.batch_windows, settings.windows, device)
-        replacement = evaluate_replacement(dictionary, model, windows)
+        if isinstance(model, ModelPair):
+            replacement = evaluate_pair(dictionary, model, windows)
+        else:
+            replacement = evaluate_replacement(dictionary, model, windows)
     wires = zip(found["groups"], wiring.reads, wiring.writes, strict=True)
     whole = replacement["all"] if replacement else {}
     headline = {name: found.pop(name) for name in ("explained_variance", "fvu", "l0", "dead_features")}
@@ -49,6 +56,7 @@ def evaluate(
         **found,
         "groups": [{"reads": list(reads), "writes": list(writes), **group} for group, reads, writes in wires],
         "replacement": replacement,
+        **({"model_diff": diff.compute()} if diff else {}),
     }
 
 
