@@ -13,9 +13,13 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
 TEXT = QUICKSTART.read_text()
 BASE = load_config(QUICKSTART)
 
+BASED = ("base_model", {"name": "base", "replace_tokens": [["<turn>", 3]]})
+
 # One valid form of each section that quickstart lacks, or has in another kind: (overrides, path).
 FORMS = [
     *((("dictionary.wiring", {"kind": kind}),) for kind in ("sae", "transcoder", "clt", "crosscoder")),
+    (BASED, ("dictionary.wiring", {"kind": "model_diff", "layer": 0})),
+    (("dictionary.wiring", {"kind": "model_diff", "layer": 0}), BASED),
     *((("dictionary.gate", {"kind": kind}),) for kind in ("relu", "jumprelu")),
     *((("dictionary.gate", {"kind": kind, "k": 4}),) for kind in ("topk", "batchtopk")),
     *((("train.lr_schedule", {"kind": kind}),) for kind in ("constant", "linear", "cosine")),
