@@ -15,7 +15,7 @@ from xlc_ray import files
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations import store
 from xlc_ray.activations.pair import check_pair
-from xlc_ray.activations.text import chunk_plan, from_pretrained, load_documents, load_tokenizer
+from xlc_ray.activations.text import check_documents, chunk_plan, from_pretrained, load_tokenizer
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.cluster.session import connect, require
 from xlc_ray.cluster.tokenize import by_split, tokenized
@@ -49,15 +49,19 @@ def identities(config: Config, widths: dict[str, int]) -> dict[bool, dict[str, A
 
     A local model or text counts by its last name and its bytes, not by where it lies: a job may see a temporary copy.
     """
-    changes, content = {}, {}
-    places = {"model.name": config.model.name, "text.dataset": config.text.dataset}
+    origins = {"model.name": config.model.name}
     if config.base_model and any(map(site_names.of_base, widths)):
-        places["base_model.name"] = config.base_model.name
-    for path, name in places.items():
-        if (size := _local_bytes(name)) is not None:
-            changes[path], content[path] = Path(name).name, size
-    named = config.override(changes)
-    return {held_out: store.identity(named, widths, held_out) | {"bytes": content} for held_out in (False, True)}
+        origins["base_model.name"] = config.base_model.name
+    named = {path: _last_name(name) for path, name in origins.items()} | config.text.renamed(_last_name)
+    for i, part in enumerate(config.text.parts()):
+        origins[f"text.mixture.{i}" if config.text.mixture else "text.dataset"] = str(part.dataset)
+    content = {path: size for path, name in origins.items() if (size := _local_bytes(name)) is not None}
+    changed = config.override(named)
+    return {held_out: store.identity(changed, widths, held_out) | {"bytes": content} for held_out in (False, True)}
+
+
+def _last_name(name: str) -> str:
+    return name if _local_bytes(name) is None else Path(name).name
 
 
 def _local_bytes(name: str) -> int | None:
@@ -85,7 +89,7 @@ def make_plan(config: Config, paths: dict[bool, str]) -> None:
     fraction = config.text.held_out_fraction
     if not 0 < fraction < 1:
         raise UserError(f"text.held_out_fraction: {fraction:g} leaves one split without documents; give 0 < f < 1")
-    load_documents(config.text)  # errors now, not in a worker
+    check_documents(config.text, load_tokenizer(config.model))  # errors now, not in a worker
     connect()
     require(1, 0, "tokenising")
     for path in paths.values():
