@@ -123,7 +123,7 @@ def test_an_unknown_key_at_the_top_fails():
         ),
         (
             {"base_model": {"name": "base", "replace_tokens": [["<turn>", -1]]}},
-            "base_model.replace_tokens.0.1",
+            "base_model.replace_tokens: [['<turn>', -1]] should be pairs of tokens or ids, such as ",
         ),
         ({"a\nb": 1}, "a b: unknown setting; "),
         ({"": 1}, "'': unknown setting; "),
