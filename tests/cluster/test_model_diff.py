@@ -91,7 +91,7 @@ def test_made_again_it_is_the_same_store(stores, config, tmp_path):
 def test_another_base_or_other_replacements_are_refused(stores, config):
     for change, named in (
         ({"base_model.replace_tokens": []}, "base_model.replace_tokens"),
-        ({"base_model.dtype": "bfloat16"}, "base_model.dtype = float32, not bfloat16"),
+        ({"base_model.dtype": "bfloat16"}, "base_model.dtype = 'float32', not 'bfloat16'"),
     ):
         with pytest.raises(UserError, match=named):
             generate(config.override(change))
