@@ -18,6 +18,7 @@ from xlc_ray.cluster.evaluate import _measure
 from xlc_ray.cluster.generate import generate
 from xlc_ray.cluster.session import resolve
 from xlc_ray.config import UserError
+from xlc_ray.dictionary.checkpoint import load_dictionary
 from xlc_ray.training import train_alone
 
 pytestmark = pytest.mark.cluster
@@ -90,7 +91,7 @@ def test_made_again_it_is_the_same_store(stores, config, tmp_path):
 def test_another_base_or_other_replacements_are_refused(stores, config):
     for change, named in (
         ({"base_model.replace_tokens": []}, "base_model.replace_tokens"),
-        ({"base_model.dtype": "bfloat16"}, "base_model.dtype = float32, not bfloat16"),
+        ({"base_model.dtype": "bfloat16"}, "base_model.dtype = 'float32', not 'bfloat16'"),
     ):
         with pytest.raises(UserError, match=named):
             generate(config.override(change))
@@ -111,7 +112,5 @@ def test_trained_and_measured(stores, config):
     assert page.count("<svg") == 5
     statistics = store.open_store(config.source.path).statistics()
     spreads = [np.sqrt((statistics[s].std ** 2).mean() + (statistics[s].mean ** 2).mean()) for s in SITES]
-    from xlc_ray import load
-
-    scale = load(config.out)[0].write_scale
+    scale = load_dictionary(config.out)[0].write_scale
     np.testing.assert_allclose(scale[[0, 64]].numpy(), spreads, rtol=1e-3)

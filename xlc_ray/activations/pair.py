@@ -93,7 +93,7 @@ def _token_id(token: int | str, tokenizer: Any, settings: BaseOf) -> int:
     elif token in vocabulary:
         ids = [vocabulary[token]]
     else:
-        ids = tokenizer.encode(token, add_special_tokens=False)
+        ids = [i for i in tokenizer.encode(token, add_special_tokens=False) if i != tokenizer.unk_token_id]
     if len(ids) != 1:
         raise UserError(
             f"base_model.replace_tokens: {token!r} is {len(ids) or 'no'} token{'s' * (len(ids) != 1)} of "

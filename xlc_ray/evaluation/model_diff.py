@@ -118,7 +118,7 @@ class ModelDiff:
         norm, base_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (mine, base))
         missing = torch.full_like(norm, torch.nan)
         found = {
-            "frequency": self.active / max(self.tokens, 1),
+            "frequency": self.active.double() / max(self.tokens, 1),
             "relative_norm": norm / (norm + base_norm),
             "delta": ((norm - base_norm) / torch.maximum(norm, base_norm) + 1) / 2,
             "cosine": missing,
