@@ -68,7 +68,20 @@ class CrosscoderWiring(Settings):
     """acausal: one group reads and writes all; weak: group l reads l, writes l and later; strict: writes only later."""
 
 
-Wiring = Annotated[SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring, Field(discriminator="kind")]
+class ModelDiffWiring(Settings):
+    """Model-diff crosscoder: one group reads and writes a site of `model` and the same site of `base_model`."""
+
+    kind: Literal["model_diff"] = "model_diff"
+    """The tag of this wiring."""
+    site: str = "resid_post"
+    """Kind of site."""
+    layer: Annotated[int, Field(ge=0)]
+    """The layer, in both models."""
+
+
+Wiring = Annotated[
+    SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring | ModelDiffWiring, Field(discriminator="kind")
+]
 
 
 class ReluGate(Settings):
