@@ -50,7 +50,7 @@ def measure(
     eval.json holds the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes,
     features, l0, dead_features), `feature_density`, `replacement` (None where evaluate.windows is 0; then ce_recovered,
     kl and top1_agreement are None too) and `ablated_features` (see ablation.py; empty where evaluate.ablate_features is
-    0); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and is left in its inference form.
+    0); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and left in its inference form.
     Raises UserError where the store lacks a site that the dictionary reads or writes, or the text that is to be read.
     """
     settings, wiring = config.evaluate, dictionary.wiring
