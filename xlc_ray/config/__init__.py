@@ -66,6 +66,11 @@ class Config(Settings):
             raise ValueError(f"train.loss.sparsity.kind: l0 needs the gate jumprelu, not {gate.kind}; use l1 or tanh")
         if loss.sparsity and loss.sparsity.target_l0 and loss.sparsity.kind != "l0":
             raise ValueError("train.loss.sparsity.target_l0: only with kind l0")
+        if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
+            raise ValueError(
+                f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "
+                "allowed dictionary.wiring.kind: sae, transcoder"
+            )
         return self
 
     def override(self, changes: dict[str, Any]) -> Config:
