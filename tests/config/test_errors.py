@@ -28,6 +28,7 @@ FORMS = [
     (("train.optimizer", {}),),
     (("train.loss.auxk", {}),),
     (("train.loss", {}),),
+    (("dictionary.wiring", {"kind": "sae"}), ("train.end_to_end", {})),
     (("train", BASE.train.model_dump(mode="json")),),
     (("dictionary", BASE.dictionary.model_dump(mode="json")),),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +13,16 @@ from xlc_ray.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "configs/assets/tiny-austen-gpt2-d64")
-SITES = ("resid_pre.0", "mlp_in.1", "mlp_out.1", "resid_post.1", "mlp_in.2", "mlp_out.2", "resid_post.2", "resid_post.3")
+SITES = (
+    "resid_pre.0",
+    "mlp_in.1",
+    "mlp_out.1",
+    "resid_post.1",
+    "mlp_in.2",
+    "mlp_out.2",
+    "resid_post.2",
+    "resid_post.3",
+)
 CONTEXT = 24
 
 
@@ -24,7 +32,7 @@ def settings(folder: Path | str, changes: dict | None = None) -> Config:
         "out": f"{folder}/run",
         "model.name": MODEL,
         "text": {"dataset": str(ROOT / "configs/assets/austen.txt"), "context": CONTEXT, "held_out_fraction": 0.3},
-        "generate": {"tokens": 2500, "held_out_tokens": 500, "chunk_tokens": 1000, "dtype": "float32", "sites": SITES},
+        "generate": {"tokens": 12000, "held_out_tokens": 600, "chunk_tokens": 5000, "dtype": "float32", "sites": SITES},
         "source.path": f"{folder}/store",
         "dictionary": {
             "wiring": {"kind": "sae", "layers": [1]},
@@ -52,7 +60,7 @@ def make_store(folder: Path | str) -> None:
     """Both splits of `settings(folder)`, as the jobs make them."""
     config = settings(folder)
     model = LanguageModel(config.model)
-    documents = [row["text"] for row in islice(load_documents(config.text), 8)]
+    documents = [row["text"] for row in islice(load_documents(config.text), 24)]
     make, special = config.generate, special_ids(model.tokenizer)
     for held_out, path in ((False, config.source.path), (True, files.join(config.source.path, "held_out"))):
         identity = store.identity(config, dict.fromkeys(SITES, model.width), held_out)
@@ -68,10 +76,3 @@ def make_store(folder: Path | str) -> None:
             rows.append(chunk.rows)
         store.write_plan(path, rows)
         store.finish(path, identity)
-
-
-if __name__ == "__main__":
-    import sys
-
-    os.makedirs(sys.argv[1], exist_ok=True)
-    make_store(sys.argv[1])
