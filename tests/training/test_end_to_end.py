@@ -146,8 +146,8 @@ def test_terms_and_gradients_equal_a_splice_by_hooks(folder, wiring):
     grads = torch.autograd.grad(loss, [learner.parameters[n] for n in names])
     metrics = learner.train_on(frozen.batch(0), 60, measure=True)
     for name, value in want.items():
-        assert metrics[name] == pytest.approx(float(value), rel=1e-9), name
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-9)
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-9), name
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-9)
     for name, grad in zip(names, grads, strict=True):
         assert grad.abs().max() > 1e-6, name
         torch.testing.assert_close(learner.parameters[name].grad, grad, rtol=1e-9, atol=1e-11, msg=name)
@@ -205,8 +205,8 @@ def test_rows_of_the_original_run_are_those_of_the_store(folder):
               for c, n in enumerate(data.chunk_rows)]  # fmt: skip
     stored = torch.cat(stored)
     (rows, _) = next(iter(frozen.batch(0)))
-    distance, where = torch.cdist(rows["resid_post.1"], stored).min(dim=1)
-    assert distance.max() < 1e-3
+    distance, where = torch.cdist(rows["resid_post.1"].double(), stored.double()).min(dim=1)
+    assert distance.max() < 1e-4
     assert len(set(where.tolist())) == 60
 
 
@@ -249,7 +249,6 @@ def test_end_to_end_training_predicts_better_than_reconstruction_does(folder, tm
         train_alone(config)
         found[name] = evaluate(checkpoint.load_dictionary(config.out)[0], config, held_out)
         shutil.rmtree(config.out)
-    print({n: {k: round(f[k], 3) for k in ("kl", "explained_variance", "ce_recovered")} for n, f in found.items()})
     assert found["end_to_end"]["kl"] < 0.8 * found["local"]["kl"]
     assert found["end_to_end"]["ce_recovered"] > found["local"]["ce_recovered"]
     assert found["end_to_end"]["explained_variance"] < found["local"]["explained_variance"]

@@ -18,7 +18,7 @@ Each rank runs the frozen model on its replica's windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 from xlc_ray.activations import sites
 from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.passages import Passages, PassageStream
-from xlc_ray.activations.splice import capture, logits_at, substitute
+from xlc_ray.activations.splice import Visit, capture, logits_at, substitute
 from xlc_ray.activations.store import Store
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
@@ -87,7 +87,7 @@ class EndToEnd:
             terms["downstream"] = (self.settings.downstream, downstream, False)
         return terms
 
-    def _log_probabilities(self, passages: Passages, visits) -> Tensor:
+    def _log_probabilities(self, passages: Passages, visits: Mapping[str, Visit]) -> Tensor:
         """Of the token after each kept one: [B, vocabulary], at least float32."""
         logits = logits_at(self.model, passages.tokens, passages.attention, visits, passages.keep)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
