@@ -162,7 +162,7 @@ class Train(Settings):
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
     """A feature is dead when it was silent for this many tokens."""
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
-    """Training rows read for b_dec and the geometric median, at most."""
+    """Training rows read for b_dec, its geometric median, and the scales of end_to_end.downstream, at most."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
