@@ -35,6 +35,7 @@ FORMS = [
     (("train.loss.connection", {"run": "runs/sae", "coefficient": 1.0}),),
     (("train.resample", {"every": 100, "tokens": 1000}),),
     (("train.loss", {}),),
+    (("dictionary.wiring", {"kind": "sae"}), ("train.end_to_end", {})),
     (("train", BASE.train.model_dump(mode="json")),),
     (("dictionary", BASE.dictionary.model_dump(mode="json")),),
 ]

@@ -9,7 +9,7 @@ clip, Adam, unit norm, thresholds, dead-feature counters
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from xlc_ray.training.schedules import factor, rewarmed
 Batch = Mapping[str, Tensor]
 Terms = dict[str, tuple[float, Tensor, bool]]
 """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
+Micro = tuple[Batch, "Callable[[Tensor], Terms] | None"]
+"""A micro-batch, and what the reconstruction ŷ [B, W] of it adds to the loss (None: nothing)."""
 
 
 class Diverged(RuntimeError):
@@ -56,16 +58,19 @@ class Learner:
 
     def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
         """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
+        parts, rows = self.config.train.accumulate, next(iter(batch.values())).shape[0]
+        cuts = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+        micros = (({site: values[cut] for site, values in batch.items()}, None) for cut in cuts)
+        return self.train_on(micros, rows, measure)
+
+    def train_on(self, micros: Iterable[Micro], rows: int, measure: bool) -> dict[str, float] | None:
+        """Likewise on `accumulate` micro-batches, of so many rows together."""
         self.dictionary.train()
         forget_gradients(self.parameters.values())
-        parts = self.config.train.accumulate
-        rows = next(iter(batch.values())).shape[0]
         fired = [torch.zeros_like(s, dtype=torch.bool) for s in self.silent]
         metrics: dict[str, Tensor] = {}
-        for i in range(parts):
-            cut = slice(rows * i // parts, rows * (i + 1) // parts)
-            micro = {site: values[cut] for site, values in batch.items()}
-            metrics = self._micro_step(micro, fired, measure, metrics)
+        for micro, more in micros:
+            metrics = self._micro_step(micro, more, fired, measure, metrics)
         if of_weights := self._weight_terms():
             torch.stack([weight * term for weight, term, _ in of_weights.values()]).sum().backward()
             metrics |= _named(of_weights) if measure else {}
@@ -86,13 +91,22 @@ class Learner:
         train = self.config.train
         return train.lr * factor(train.lr_schedule, step, train.steps) * rewarmed(train.resample, step, train.steps)
 
-    def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
+    def _micro_step(
+        self,
+        micro: Batch,
+        more: Callable[[Tensor], Terms] | None,
+        fired: list[Tensor],
+        measure: bool,
+        metrics: dict,
+    ) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
         code = d.analyse(x, self._dead(), self._needs_norms(), self.config.train.loss.preactivation > 0)
         codes = [code.features] + ([code.revived] if code.revived else [])
         (y_hat, *error_hat), norms = d.decode_all(codes, x, code.norms)
         terms = self._terms(code, norms, y_hat, y, error_hat)
+        if more:
+            terms |= more(self.shards.agreed(y_hat))
         weighted = sum(weight * term for weight, term, _ in terms.values())
         # Exactly 1, or NaN where an input is not finite: such a row may win no place and would else leave no trace.
         sound = 1 + 0 * x.sum()
@@ -110,7 +124,9 @@ class Learner:
     ) -> Terms:
         """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
         loss, d, share = self.config.train.loss, self.dictionary, self.step
-        terms = {"reconstruction": (1.0, losses.reconstruction(y_hat, y, self.weights), False)}
+        end_to_end = self.config.train.end_to_end
+        local = end_to_end.reconstruction if end_to_end else 1.0
+        terms = {"reconstruction": (local, losses.reconstruction(y_hat, y, self.weights), False)}
         if (s := loss.sparsity) is not None:
             weight = s.coefficient * factor(s.schedule, share, self.config.train.steps)
             by = norms if s.decoder_norm else None
