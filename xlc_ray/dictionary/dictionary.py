@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.gates import Gate, Selected
+from xlc_ray.dictionary.nested import Cuts, decode_parts
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
-from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, sparse_pays
+from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, linear_at, sparse_pays
 from xlc_ray.dictionary.wiring import Spans, Wiring
 
 TILE = 2**23  # pre-activations in a tile: 32 MB
@@ -143,6 +144,8 @@ class Dictionary(nn.Module):
         self, x: Float[Tensor, "B R"], dead: DeadFeatures | None = None, norms: bool = False, pre: bool = False
     ) -> Encoding:
         """Features, and on demand what the loss needs besides. One small collective at most, as a rule."""
+        if self.training:
+            self.gate.start_pass()
         wanted = norms or self.gate.needs_norms
         lengths = [group.norms() for group in self.groups] if wanted else None
         every = range(self.wiring.groups)
@@ -161,15 +164,32 @@ class Dictionary(nn.Module):
         """ŷ in the dictionary's units. `x` is used by skip connections only."""
         return self.decode_all([features], x)[0]
 
-    def decode_all(self, codes: list[list[Features]], x: Float[Tensor, "B R"]) -> list[Float[Tensor, "B W"]]:
-        """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only."""
-        parts = [self._partial(code) for code in codes]
-        whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
-        first = whole[0] + self.b_dec
-        if self.wiring.skip:
-            linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
-            first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
-        return [first, *whole[1:]]
+    def decode_all(
+        self,
+        codes: list[list[Features]],
+        x: Float[Tensor, "B R"],
+        cuts: Cuts | None = None,
+        frozen: Sequence[list[Features]] = (),
+    ) -> list[Float[Tensor, "B W"]]:
+        """Σ_g f_g W_dec_g of each code, then of each `frozen` one (W_dec without gradient), with one all-reduce.
+
+        The offset is added to the first only. With `cuts` (nested.py) the first code gives one reconstruction a prefix,
+        of which the last is the whole."""
+        parts = [self._partial(code, cuts=None if i else cuts) for i, code in enumerate(codes)]
+        parts += [self._partial(code, frozen=True) for code in frozen]
+        whole = self.shards.sum(torch.cat(parts) if len(parts) > 1 else parts[0])
+        count = len(cuts[0]) if cuts else 1
+        each = whole.view(count + len(parts) - 1, x.shape[0], whole.shape[1])
+        prefixes = each[:count].cumsum(dim=0) if count > 1 else each[:1]
+        offset = self.offset(x)
+        return [*(prefix + offset for prefix in prefixes), *each[count:]]
+
+    def offset(self, x: Float[Tensor, "B R"]) -> Tensor:
+        """What is added to the features' part: b_dec [W], and with skip connections x W_skipᵀ [B, W]."""
+        if not self.wiring.skip:
+            return self.b_dec
+        linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+        return self.b_dec + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
 
     def reconstruct(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> dict[str, Float[Tensor, "B _"]]:
         """Written sites from read ones, both in the model's own units."""
@@ -192,7 +212,8 @@ class Dictionary(nn.Module):
         picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]
         assert picked is not None
         support = Support(picked.entry, (pre.shape[0], pre.shape[1]))
-        return Features(support.dense(self.gate.activate(pre.flatten()[picked.entry], g, support.feature)), pre)
+        values = self._values(g, x, pre.flatten()[picked.entry], support)
+        return Features(support.dense(values), pre)
 
     def decode_site(
         self, site: str, features: Mapping[int, Features], activations: Mapping[str, Float[Tensor, "B _"]]
@@ -246,14 +267,24 @@ class Dictionary(nn.Module):
         entries = x.shape[0] * self.groups[g].b_enc.shape[0]
         if picked is not None and sparse_pays(self.products, picked.entry.numel(), entries, x.device):
             support, pre = self._entries(g, x, picked.entry, picked.pre)
-            return Features(self.gate.activate(pre, g, support.feature), pre, support)
+            return Features(self._values(g, _columns(x, self._reads[g]), pre, support), pre, support)
         pre = whole[g] if whole else self._preactivations(g, x)
         if not self.gate.ranks:
-            return Features(self.gate.activate(pre, g, None), pre)
+            return Features(self._values(g, _columns(x, self._reads[g]), pre, None), pre)
         assert picked is not None
         mask = torch.zeros_like(pre, dtype=torch.bool)
         mask.view(-1)[picked.entry] = True
         return Features(pre.where(mask, 0), pre)
+
+    def _values(self, g: int, own: Tensor, pre: Tensor, support: Support | None) -> Tensor:
+        """f at all entries or at those of a support; `own`: the columns of x that group g reads."""
+        values = self.gate.activate(pre, g, support)
+        if (second := self.gate.magnitude(g)) is None:
+            return values
+        if support:
+            return values * linear_at(own, *second, support)
+        with self._reduced_precision():
+            return values * nnf.linear(own, *second).to(values.dtype)
 
     def _entries(self, g: int, x: Tensor, entry: Tensor, pre: Tensor) -> tuple[Support, Tensor]:
         """The support of some entries, and the pre-activations there with gradient."""
@@ -278,9 +309,13 @@ class Dictionary(nn.Module):
         support, pre = self._entries(g, x, entry, found.pre)
         return Features(pre, pre, support)
 
-    def _partial(self, features: list[Features]) -> Tensor:
+    def _partial(self, features: list[Features], cuts: Cuts | None = None, frozen: bool = False) -> Tensor:
+        rows = [group.W_dec.detach() if frozen else group.W_dec for group in self.groups]
         with self._reduced_precision():
-            outs = [f.decode(group.W_dec) for f, group in zip(features, self.groups, strict=True)]
+            if cuts:
+                outs = [decode_parts(f, W, stops) for f, W, stops in zip(features, rows, cuts, strict=True)]
+            else:
+                outs = [f.decode(W) for f, W in zip(features, rows, strict=True)]
         return _AddColumns.apply(self.b_dec.shape[0], self._writes, *outs)
 
 

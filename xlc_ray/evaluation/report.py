@@ -32,6 +32,7 @@ WIRINGS = {
     "transcoder": "Transcoders",
     "clt": "Cross-layer transcoder",
     "crosscoder": "Crosscoder",
+    "custom": "Custom dictionary",
 }
 MAIN_CURVES = (
     ("loss", "Loss"),

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from xlc_ray.config import Config
-from xlc_ray.dictionary import checkpoint, losses
+from xlc_ray.config.training import Sparsity
+from xlc_ray.dictionary import checkpoint, losses, nested
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
+from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.recycling import forget_gradients
 from xlc_ray.training.schedules import factor
 
@@ -40,7 +42,7 @@ class Learner:
             dictionary.double()
         dictionary.matmul_dtype = torch.bfloat16 if train.precision == "bfloat16" else None
         self.device = dictionary.b_dec.device
-        self.parameters = dict(dictionary.named_parameters())
+        self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
         options = {"lr": train.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
         kind = torch.optim.AdamW if train.optimizer.kind == "adamw" else torch.optim.Adam
         self.optimizer: Any = kind(  # torch declares no `grad_scale`, which its own GradScaler sets
@@ -53,12 +55,15 @@ class Learner:
         per_dim = train.loss.scale == "per_dim"
         self.weights = losses.site_weights(widths, True).to(dictionary.b_dec) if per_dim else None
         self.auxk = train.loss.auxk.k or max(1, max(widths) // 2) if train.loss.auxk else 0
+        prefixes = train.loss.matryoshka.prefixes if train.loss.matryoshka else ()
+        self.cuts = nested.cuts(prefixes, dictionary.sizes, self.shards) if prefixes else None
 
     # ------------------------------------------------------------ a step
 
     def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
         """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
         self.dictionary.train()
+        self.dictionary.gate.start_step(self.step, self.config.train.steps)
         forget_gradients(self.parameters.values())
         parts = self.config.train.accumulate
         rows = next(iter(batch.values())).shape[0]
@@ -87,9 +92,12 @@ class Learner:
     def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
-        code = d.analyse(x, self._dead(), self._needs_norms(), self.config.train.loss.preactivation > 0)
-        y_hat, *error_hat = d.decode_all([code.features] + ([code.revived] if code.revived else []), x)
-        terms = self._terms(code, y_hat, y, error_hat)
+        code = d.analyse(x, self._dead(), self._needs_norms(), self._needs_pre())
+        codes = [code.features] + ([code.revived] if code.revived else [])
+        found = d.decode_all(codes, x, self.cuts, self._frozen(code))
+        prefixes, others = (found[: (n := len(self.cuts[0]) if self.cuts else 1)], found[n:])
+        y_hat = prefixes[-1]
+        terms = self._terms(code, prefixes, y, x, others)
         weighted = sum(weight * term for weight, term, _ in terms.values())
         # Exactly 1, or NaN where an input is not finite: such a row may win no place and would else leave no trace.
         sound = 1 + 0 * x.sum()
@@ -102,30 +110,61 @@ class Learner:
             now = self._measure(code, terms, y_hat, y)
             return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
 
-    def _terms(self, code: Encoding, y_hat: Tensor, y: Tensor, error_hat: list[Tensor]) -> Terms:
-        """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
-        loss, d, share = self.config.train.loss, self.dictionary, self.step
-        terms = {"reconstruction": (1.0, losses.reconstruction(y_hat, y, self.weights), False)}
+    def _terms(self, code: Encoding, prefixes: list[Tensor], y: Tensor, x: Tensor, others: list[Tensor]) -> Terms:
+        """Name → (weight, term, whether it is this rank's part of a sum over ranks).
+
+        `prefixes`: the reconstructions, of which the last is the whole; `others`: what AuxK and the gate's auxiliary
+        loss need, in that order, where they are there."""
+        loss, d, y_hat = self.config.train.loss, self.dictionary, prefixes[-1]
+        if loss.matryoshka:
+            fit = losses.of_prefixes(prefixes, y, self.weights, loss.matryoshka.combine == "mean")
+        else:
+            fit = losses.reconstruction(y_hat, y, self.weights)
+        terms = {"reconstruction": (1.0, fit, False)}
         if (s := loss.sparsity) is not None:
-            weight = s.coefficient * factor(s.schedule, share, self.config.train.steps)
-            norms = code.norms if s.decoder_norm else None
-            if s.kind == "l0" and s.target_l0:
-                term = losses.l0_to_target(code.features, d.gate, s.target_l0, self.shards)
-            elif s.kind == "l0":
-                term = losses.l0(code.features, d.gate)
-            elif s.kind == "tanh":
-                term = losses.tanh(code.features, norms, s.c)
-            else:
-                term = losses.l1(code.features, norms)
-            terms["sparsity"] = (weight, term, s.target_l0 is None)
+            weight = s.coefficient * factor(s.schedule, self.step, self.config.train.steps)
+            terms["sparsity"] = (weight, self._sparsity(code, s), s.target_l0 is None)
         if loss.preactivation:
             assert code.pre is not None
             assert code.norms is not None
             terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, code.norms), True)
-        if error_hat and loss.auxk:
+        if code.revived and loss.auxk:
             dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
-            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(error_hat[0], y - y_hat, self.weights), False)
+            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(others[0], y - y_hat, self.weights), False)
+        if d.gate.auxiliary:
+            term = losses.reconstruction(others[-1] + d.offset(x).detach(), y, self.weights)
+            terms["auxiliary"] = (d.gate.auxiliary, term, False)
         return terms
+
+    def _sparsity(self, code: Encoding, s: Sparsity) -> Tensor:
+        gate, norms = self.dictionary.gate, code.norms if s.decoder_norm else None
+        if s.kind == "l0" and s.target_l0:
+            return losses.l0_to_target(code.features, gate, s.target_l0, self.shards, code.pre)
+        if s.kind == "l0":
+            return losses.l0(code.features, gate, code.pre)
+        penalised = [
+            Features(gate.penalised(f.values, f.pre, g, f.support), f.pre, f.support)
+            for g, f in enumerate(code.features)
+        ]
+        if s.kind == "tanh":
+            return losses.tanh(penalised, norms, s.c)
+        if s.kind == "lp":
+            p = losses.exponent(s.p_end, s.p_hold, self.step, self.config.train.steps)
+            return losses.lp(penalised, norms, p, self.shards if s.keep_strength else None)
+        return losses.l1(penalised, norms)
+
+    def _frozen(self, code: Encoding) -> list[list[Features]]:
+        """The code that the gate's auxiliary loss decodes with a frozen decoder, if it has one."""
+        gate = self.dictionary.gate
+        if not gate.auxiliary:
+            return []
+        values = [gate.auxiliary_values(f.pre, g, f.support) for g, f in enumerate(code.features)]
+        return [[Features(v, f.pre, f.support) for v, f in zip(values, code.features, strict=True)]]
+
+    def _needs_pre(self) -> bool:
+        loss = self.config.train.loss
+        counted = loss.sparsity is not None and loss.sparsity.kind == "l0" and self.dictionary.gate.counts_all
+        return counted or loss.preactivation > 0
 
     def _needs_norms(self) -> bool:
         loss = self.config.train.loss
