@@ -118,7 +118,7 @@ def test_what_is_not_selected_is_zero(kind, training):
     pre = 3 * make.random(60, 8)
     with torch.no_grad():
         for i, p in enumerate(gate.parameters()):
-            p += make.random(*p.shape, seed=i)
+            p += 4 * make.random(*p.shape, seed=i)
     mask = masks(gate, {0: pre})[0]
     f = gate.activate(pre, 0, None)
     assert not f[~mask].any()
@@ -187,6 +187,9 @@ def test_folding_keeps_features(kind):
 def test_gated_features_start_as_relu_and_the_gate_decides():
     wires = wiring.sae(["a"], 4)
     d, relu = make.dictionary(wires, KINDS["gated"]), make.dictionary(wires)
+    with torch.no_grad():
+        for p in d.gate.parameters():
+            p.zero_()  # as built
     x = make.random(12, 4)
     relu.load_state_dict({n: v for n, v in d.state_dict().items() if not n.startswith("gate.")})
     torch.testing.assert_close(d.encode(x)[0].dense(), relu.encode(x)[0].dense())

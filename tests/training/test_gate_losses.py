@@ -6,6 +6,7 @@ The plain version knows neither supports, nor fused decoding, nor shards; detach
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_beta_is_held_then_falls_to_its_end_by_optimizer_step():
         betas.append(learner.dictionary.gate.beta)
     assert betas[:11] == [0.5] * 11
     assert betas[-1] == pytest.approx(0.1)
-    ratios = [b / a for a, b in zip(betas[10:], betas[11:], strict=False)]
+    ratios = [b / a for a, b in pairwise(betas[10:])]
     assert ratios == pytest.approx([ratios[0]] * 9)
     assert ratios[0] < 1
 
