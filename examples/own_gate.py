@@ -1,6 +1,6 @@
 """A gate of your own: f = max(pre - θ, 0), the soft threshold, with θ learned by each feature.
 
-    python jobs/train.py --config configs/quickstart.yaml --out=runs/soft --train.loss.auxk=null \
+    python jobs/train.py --config configs/quickstart.yaml --out=runs/soft \
         --dictionary.gate='{kind: custom, path: "examples.own_gate:SoftThreshold", options: {start: 0.5}}'
 """
 
