@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+BLOCK = 2**22  # draws made at a time: their 64-bit states take 8 bytes each
 BITS = 23  # (h + ½) / 2²³ is exact in float32 and lies strictly within (0, 1)
 
 
@@ -24,6 +25,10 @@ def uniform(
     key: int, row: Int[Tensor, "*rows"], column: Int[Tensor, "*columns"], dtype: torch.dtype
 ) -> Float[Tensor, "*both"]:
     """u in (0, 1) at rows and columns, broadcast against each other (numbers below 2³¹)."""
+    if row.dim() == 2 and row.shape[0] * column.shape[0] > BLOCK:
+        parts = row.split(max(1, BLOCK // column.shape[0]))
+        if len(parts) > 1:
+            return torch.cat([uniform(key, part, column, dtype) for part in parts])
     state = _mix(_mix(row ^ key) + column)
     return ((state >> (32 - BITS)).to(dtype) + 0.5) / 2**BITS
 
