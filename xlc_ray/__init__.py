@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 from xlc_ray.config import Config, UserError, load_config
 
 if TYPE_CHECKING:
+    from xlc_ray.cluster.compare import compare
+    from xlc_ray.cluster.convert import convert
     from xlc_ray.cluster.evaluate import evaluate
     from xlc_ray.cluster.generate import generate
     from xlc_ray.cluster.train import train
     from xlc_ray.dictionary.checkpoint import load_dictionary as load
 
-__all__ = ["Config", "UserError", "evaluate", "generate", "load", "load_config", "train"]
+__all__ = ["Config", "UserError", "compare", "convert", "evaluate", "generate", "load", "load_config", "train"]
 
 _ROOMS = {
+    "compare": ("xlc_ray.cluster.compare", "compare"),
+    "convert": ("xlc_ray.cluster.convert", "convert"),
     "evaluate": ("xlc_ray.cluster.evaluate", "evaluate"),
     "generate": ("xlc_ray.cluster.generate", "generate"),
     "train": ("xlc_ray.cluster.train", "train"),

@@ -10,6 +10,7 @@ import torch
 from xlc_ray.activations import store
 from xlc_ray.activations.windows import ChunkText, Windows
 
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 SITES = {"mlp_in.0": 6, "mlp_out.0": 6, "resid_post.0": 4}
 
 

@@ -223,6 +223,8 @@ def test_identity_holds_what_decides_the_content_and_nothing_else():
         {"text.context": 64},
         {"text.ignore_first": 0},
         {"text.held_out_fraction": 0.1},
+        {"text.windows": "one_per_document"},
+        *({"text.dataset": None, "text.mixture": [{"dataset": "a"}, {"dataset": "b", "weight": w}]} for w in (1, 2)),
         {"generate.tokens": 7},
         {"generate.dtype": "float32"},
         {"generate.chunk_tokens": 512},

@@ -66,7 +66,7 @@ def run(o: argparse.Namespace) -> dict[str, Any]:
     config = variants.settings(o, dtype)
     wires = variants.wiring_of(o, config)
     work = plan.work(config, wires, o.k)
-    alone = {} if o.no_memory else {name: _alone(o, name, dtype) for name in o.variants}
+    alone = {} if o.no_memory else {name: peak_of(o, name, dtype) for name in o.variants}
     batches = variants.batches(wires, o.batch, 2, device)
     # `dense` trains the engine's tensors; gradients are freed between steps
     need = (
@@ -81,7 +81,8 @@ def run(o: argparse.Namespace) -> dict[str, Any]:
     return _results(o, dtype, rates, work, together, found, alone)
 
 
-def _alone(o: argparse.Namespace, name: str, dtype: str) -> int:
+def peak_of(o: argparse.Namespace, name: str, dtype: str) -> int:
+    """Peak memory of a process that runs one variant, and nothing else, for a few steps."""
     words = [word for key in SHAPE for word in (f"--{key}", str(getattr(o, key)))]
     words += ["--dtype", dtype, "--variants", name, "--no-memory", "--repeats", "1"]
     return timing.peak_alone(words)["peak_bytes_of_process"]
@@ -140,7 +141,7 @@ def _results(o, dtype: str, rates, work, together: bool, found: dict, alone: dic
         "roofline": {"seconds": sum(ideal.values()), "phases": ideal},
         "roofline_share": sum(ideal.values()) / median[main],
         "machine": {"matmul": rates.matmul, "bandwidth": rates.bandwidth, "gather": rates.gather},
-        "predicted_seconds": plan.predict(work, rates, dtype, o.tp).seconds,
+        "predicted_seconds": plan.predict(work, rates, dtype, o.tp, 1).seconds,
     }
     for other in ("naive", "dense"):
         if other in seconds and "engine" in seconds:

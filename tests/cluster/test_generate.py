@@ -22,6 +22,7 @@ from xlc_ray.activations.text import (
     load_documents,
     load_tokenizer,
     pack,
+    read_documents,
     special_ids,
     token_mask,
 )
@@ -64,7 +65,7 @@ def contents(path: str) -> dict[str, bytes]:
 
 def reference_plan(config, held_out):
     """The same plan without Ray."""
-    tokenizer, documents = load_tokenizer(config.model), load_documents(config.text)["text"]
+    tokenizer, documents = load_tokenizer(config.model), list(read_documents(config.text))
     special, step = special_ids(tokenizer), config.generate.documents_per_task
 
     def packed():

@@ -35,6 +35,22 @@ def test_local_model_and_text_become_absolute(config, tmp_path, monkeypatch):
     assert (found.model.name, found.text.dataset) == (f"{tmp_path}/org/model", f"{tmp_path}/org/text/*.txt")
 
 
+def test_datasets_of_a_mixture_become_absolute_where_they_are_local(config, tmp_path, monkeypatch):
+    (tmp_path / "books").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parts = [{"dataset": "books", "weight": 3}, {"dataset": "org/text", "column": "messages"}]
+    found = resolve(config.override({"text.dataset": None, "text.mixture": parts})).text.mixture
+    assert [(part.dataset, part.weight) for part in found] == [(f"{tmp_path}/books", 3), ("org/text", 1)]
+    assert found[1].column == "messages"
+
+
+def test_another_run_is_found_as_by_evaluation(config, tmp_path, monkeypatch):
+    (tmp_path / "runs/sae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = resolve(config.override({"train.loss.connection": {"run": "runs/sae", "coefficient": 1.0}}))
+    assert found.train.loss.connection.run == f"{tmp_path}/runs/sae"
+
+
 def test_urls_and_absolute_paths_stay(config):
     found = resolve(config.override({"out": "s3://bucket/run", "source.path": "/data/store"}))
     assert (found.out, found.source.path) == ("s3://bucket/run", "/data/store")

@@ -90,6 +90,21 @@ def test_text_to_report(folder, settings):
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert str(folder / "run/report.html") in out
+    assert (folder / "run/features.parquet").exists()
+    assert "eval_result_metrics" in json.loads((folder / "run/eval_core.json").read_text())
+
+    code, out, err = finish(job("convert", "--run", f"{folder}/run", "--out", f"{folder}/jump", "--fold"))
+    assert code == 0, err
+    report = json.loads((folder / "jump/conversion.json").read_text())
+    assert report["measured_on"] == "held-out rows"
+    assert abs(report["calibrated_l0"] - report["target_l0"]) <= 0.1
+    assert abs(report["nmse"]["after"] - report["nmse"]["before"]) < 0.05
+    code, out, err = finish(job("evaluate", "--run", f"{folder}/jump", "--evaluate.windows=0"))
+    assert code == 0, err
+    assert json.loads((folder / "jump/eval.json").read_text())["l0"] == pytest.approx(report["l0"]["after"])
+    code, out, err = finish(job("compare", "--run", f"{folder}/run", "--against", f"{folder}/jump"))
+    assert code == 0, err
+    assert out.splitlines()[-1].split() == ["all", "1.0000", "100.0%", "1.0000", "100.0%"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +123,8 @@ def test_text_to_report(folder, settings):
         ("generate", ["--config", "configs/quickstart.yaml", "--source.path=/proc/store"], "/proc/store"),
         ("evaluate", ["--run", "runs/nothing-here"], "no complete checkpoint"),
         ("evaluate", [], "--run: missing"),
+        ("convert", ["--run", "runs/nothing-here"], "--out: missing"),
+        ("compare", ["--run", "runs/nothing-here"], "--against: missing"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path):

@@ -34,6 +34,9 @@ FORMS = [
     (("dictionary.normalization", {}),),
     (("train.optimizer", {}),),
     (("train.loss.auxk", {}),),
+    (("train.loss.auxk", None), ("train.loss.ghost", {})),
+    (("train.loss.connection", {"run": "runs/sae", "coefficient": 1.0}),),
+    (("train.resample", {"every": 100, "tokens": 1000}),),
     (("train.loss", {}),),
     (("train", BASE.train.model_dump(mode="json")),),
     (("dictionary", BASE.dictionary.model_dump(mode="json")),),
@@ -51,7 +54,13 @@ def message_of(overrides: dict) -> str:
 
 def test_the_forms_below_cover_every_section():
     found = {path for path, _, _, field in walk() if sections_of(field.annotation)}
-    assert found == {form[-1][0] for form in FORMS}
+    assert found == {form[-1][0] for form in FORMS} | {"text.mixture"}  # a list: the test below
+
+
+def test_an_unknown_key_in_a_list_names_its_place_and_the_nearest():
+    parts = [{"dataset": "a"}, {"dataset": "b", "wieght": 2}]
+    line = message_of({"text.dataset": None, "text.mixture": parts})
+    assert line.startswith("text.mixture.1.wieght: unknown setting; did you mean weight? allowed: column, dataset, ")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form[-1][0]}-{form[-1][1].get('kind', '')}")
@@ -100,6 +109,15 @@ def test_an_unknown_key_at_the_top_fails():
         ({"out": ""}, "out: '': string should have at least 1 character"),
         ({"seed": -1}, "seed: -1 should be greater than or equal to 0"),
         ({"text.ignore_first": 128}, "text: ignore_first = 128 leaves nothing of windows of 128 tokens"),
+        ({"text.dataset": None}, "text: give either dataset or mixture, a list of {dataset, subset, split"),
+        ({"text.mixture": [{"dataset": "b"}]}, "text: give either dataset or mixture"),
+        ({"text.dataset": None, "text.mixture": []}, "text.mixture: []"),
+        ({"text.dataset": None, "text.mixture": [{"dataset": "b", "weight": 0}]}, "text.mixture.0.weight: 0 should be"),
+        (
+            {"text.dataset": None, "text.mixture": [{"dataset": "b"}], "text.column": "body"},
+            "text: column does not apply to a mixture; give it with each dataset",
+        ),
+        ({"text.windows": "pack"}, "text.windows: 'pack' is unknown; did you mean packed? allowed: one_per_document, "),
         (
             {"train.lr_schedule": {"kind": "linear", "warmup": 0.5, "decay": 0.6}},
             "train.lr_schedule: warmup = 0.5 and decay = 0.6 exceed the whole run, 1",
@@ -117,6 +135,10 @@ def test_an_unknown_key_at_the_top_fails():
         (
             {"dictionary.gate": {"kind": "gated"}},
             "train.loss.auxk: needs the gate relu, jumprelu, topk, batchtopk or custom, not gated",
+        ),
+        (
+            {"dictionary.gate": {"kind": "gated"}, "train.loss": {"ghost": {}}},
+            "train.loss.ghost: needs the gate relu, jumprelu, topk, batchtopk or custom, not gated",
         ),
         (
             {

@@ -76,7 +76,7 @@ def test_what_memory_held_does_not_matter(problem, dtype):
     args = (starts, token, values[order], by_token)
     out = torch.full((support.shape[1], width), float("nan"), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        combine.combine_into(out, *args)
+        combine.combine_into(out, *args, None, None)
     torch.testing.assert_close(out, combine.reference(*args))
 
 
@@ -105,9 +105,12 @@ def test_operators_keep_the_rules(support):
     index = (support.by_token, support.token, support.feature, *support.by_feature)
     out = torch.full_like(by_feature, float("nan"))
     order, starts, token = support.by_feature
-    torch.library.opcheck(combine.combine_into, (out, starts, token, values[order], by_token))
+    torch.library.opcheck(combine.combine_into, (out, starts, token, values[order], by_token, None, None))
     values.requires_grad_()
-    torch.library.opcheck(_decode, (values, by_feature.requires_grad_(), *index))
+    norms = by_feature.norm(dim=1)
+    by_feature.requires_grad_()
+    torch.library.opcheck(_decode, (values, by_feature, *index, None))
+    torch.library.opcheck(_decode, (values, by_feature, *index, norms))
     bias = make.random(support.shape[1]).requires_grad_()
     known = values.detach()
     torch.library.opcheck(_encode_at, (by_feature, bias, by_token, known, *support.by_feature))
@@ -133,7 +136,7 @@ def test_everything_works_without_triton():
         "import torch, xlc_ray\n"
         "from xlc_ray.dictionary.sparse import Support, decode\n"
         "w = torch.eye(2, requires_grad=True)\n"
-        "decode(torch.ones(1), Support(torch.tensor([1]), (1, 2)), w).sum().backward()\n"
+        "decode(torch.ones(1), Support(torch.tensor([1]), (1, 2)), w)[0].sum().backward()\n"
         "print(w.grad.tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

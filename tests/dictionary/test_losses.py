@@ -131,7 +131,7 @@ def test_auxk_reconstructs_with_the_largest_dead_features_alone(gate, products):
     x = d.normalize_inputs(make.activations(wires, 9))
     masks = [torch.arange(24) < 16, torch.arange(24) == 7]  # more and fewer dead than k
     code = d.analyse(x, DeadFeatures(masks, [16, 1], k))
-    y_hat, error_hat = d.decode_all([code.features, code.revived], x)
+    (y_hat, error_hat), _ = d.decode_all([code.features, code.revived], x)
     torch.testing.assert_close(y_hat, d.decode(code.features, x))
 
     want = torch.zeros_like(y_hat)
@@ -164,10 +164,11 @@ def test_rows_of_zeros_give_finite_gradients(products):
         d.groups[1].W_dec[3].zero_()
     x = d.normalize_inputs(make.activations(wires, 9))
     code = d.analyse(x, norms=True, pre=True)
-    terms = [losses.l1(code.features, code.norms), losses.tanh(code.features, code.norms, 4.0)]
+    (y_hat,), norms = d.decode_all([code.features], x, code.norms)
+    terms = [losses.l1(code.features, norms), losses.tanh(code.features, norms, 4.0)]
     terms += [
-        losses.preactivation(code.pre, d.gate, code.norms),
-        losses.reconstruction(d.decode(code.features, x), 0 * d.b_dec + make.random(9, 8), None),
+        losses.preactivation(code.pre, d.gate, norms),
+        losses.reconstruction(y_hat, 0 * d.b_dec + make.random(9, 8), None),
     ]
     sum(terms).backward()
     for name, p in d.named_parameters():

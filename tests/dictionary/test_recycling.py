@@ -14,7 +14,7 @@ SITES = wiring.clt([0, 1], 5)
 def backward(dictionary, batch, decodes: int = 1) -> None:
     x, y = dictionary.normalize_inputs(batch), dictionary.normalize_targets(batch)
     features = dictionary.encode(x)
-    for y_hat in dictionary.decode_all([features] * decodes, x):
+    for y_hat in dictionary.decode_all([features] * decodes, x)[0]:
         (y_hat - y).square().sum().backward(retain_graph=True)
 
 
@@ -78,9 +78,10 @@ def test_gradients_of_dense_products_are_not_kept():
     assert all(p.spare is None for p in dictionary.parameters())
 
 
+@pytest.mark.parametrize("pulled", [False, True], ids=["sums", "sums and weights"])
 @pytest.mark.parametrize("mkl", [True, False], ids=["MKL", "no MKL"])
 @pytest.mark.parametrize("empty", [False, True], ids=["some entries", "none"])
-def test_writing_into_memory_equals_combine(mkl, empty, monkeypatch):
+def test_writing_into_memory_equals_combine(mkl, empty, pulled, monkeypatch):
     if not mkl:
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     mask = torch.zeros(4, 3, dtype=torch.bool) if empty else torch.rand(4, 3, generator=make.generator()) < 0.5
@@ -89,6 +90,8 @@ def test_writing_into_memory_equals_combine(mkl, empty, monkeypatch):
     wide = make.random(4, 9)
     args = (starts, token, make.random(token.numel()), wide[:, 2:7])
     out = torch.full((3, 5), torch.nan, dtype=torch.float64)
-    combine_into(out, *args)
-    torch.testing.assert_close(out, combine(*args), rtol=1e-12, atol=1e-12)
-    torch.library.opcheck(combine_into, (torch.zeros_like(out), *args))
+    pull, base = (make.random(3, seed=5), make.random(5, 3, seed=6).T) if pulled else (None, None)
+    combine_into(out, *args, pull, base)
+    want = combine(*args) + (pull.unsqueeze(1) * base if pulled else 0)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    torch.library.opcheck(combine_into, (torch.zeros_like(out), *args, pull, base))

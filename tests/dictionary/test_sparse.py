@@ -38,11 +38,18 @@ def test_decode_equals_dense(mask, width):
     weights, up = make.random(mask.shape[1], width, seed=1), make.random(mask.shape[0], width, seed=2)
     values.requires_grad_()
     weights.requires_grad_()
-    got = sparse.decode(values, support, weights)
-    want = support.dense(values) @ weights
-    check([got], [want])
+    norms = weights.norm(dim=1)
+    want, pull = support.dense(values) @ weights, make.random(mask.shape[1], seed=3)
     inputs = [values, weights]
-    check(torch.autograd.grad((got * up).sum(), inputs), torch.autograd.grad((want * up).sum(), inputs))
+    alone, none = sparse.decode(values, support, weights)
+    got, same = sparse.decode(values, support, weights, norms.detach())
+    check([alone, got, same], [want, want, norms])
+    assert none is None
+    wanted = torch.autograd.grad((want * up).sum(), inputs, retain_graph=True)
+    check(torch.autograd.grad((alone * up).sum(), inputs), wanted)
+    check(torch.autograd.grad((got * up).sum(), inputs, retain_graph=True), wanted)
+    wanted = torch.autograd.grad((want * up).sum() + (norms * pull).sum(), inputs)
+    check(torch.autograd.grad((got * up).sum() + (same * pull).sum(), inputs), wanted)
 
 
 @settings(deadline=None, max_examples=40)
@@ -72,7 +79,9 @@ def test_gradcheck(mask):
     def encode(w, b):
         return sparse.encode_at(x, w, b, support, (x @ w.T + b).detach()[mask])
 
-    assert torch.autograd.gradcheck(lambda v, w: sparse.decode(v, support, w), (values, weights))
+    assert torch.autograd.gradcheck(lambda v, w: sparse.decode(v, support, w)[0], (values, weights))
+    norms = weights.detach().norm(dim=1)
+    assert torch.autograd.gradcheck(lambda v, w: sparse.decode(v, support, w, norms)[0], (values, weights))
     assert torch.autograd.gradcheck(encode, (weights, bias))
     assert torch.autograd.gradcheck(support.dense, (values,))
 
@@ -113,7 +122,7 @@ def test_any_precision_and_layout_of_gradients(dtype, up):
     grad = {"columns": grad[:, 20:45], "one number": grad[0, 0].expand(40, 25), "transposed": grad.T[:40, :25]}[up]
     values.requires_grad_()
     weights.requires_grad_()
-    out = sparse.decode(values, support, weights)
+    out, _ = sparse.decode(values, support, weights)
     got = [out, *torch.autograd.grad(out, [values, weights], grad)]
     dense, weights, grad = support.dense(values.detach()).to(exact), weights.detach().to(exact), grad.to(exact)
     for a, b in zip(got, [dense @ weights, (grad @ weights.T)[mask], dense.T @ grad], strict=True):
@@ -125,7 +134,7 @@ def test_autocast_does_not_reach_the_products():
     values, weights = make.random(int(GAPS.sum())).float(), make.random(3, 2).float().requires_grad_()
     support = make.support(GAPS)
     with torch.autocast("cpu", torch.bfloat16):
-        got = sparse.decode(values, support, weights)
+        got, _ = sparse.decode(values, support, weights)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, support.dense(values) @ weights)
 
@@ -149,7 +158,7 @@ def test_both_forms_of_features_agree(mask):
     want = (values**2 * norms).sum()
     check([f.total(lambda v, _, n: v**2 * n, norms) for f in (dense, thin)], [want, want])
     weights = make.random(mask.shape[1], 3, seed=2)
-    check([thin.decode(weights)], [dense.decode(weights)])
+    check(thin.decode(weights)[:1], dense.decode(weights)[:1])
 
 
 def test_sparse_products_are_chosen_for_few_entries_only():

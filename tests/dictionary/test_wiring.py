@@ -71,12 +71,19 @@ def test_spans_merge_neighbours_and_keep_the_order_of_reading():
         ((("z",),), (("a",),), False),
         ((("a",),), (("z",),), False),
         ((("a", "b"),), (("a",),), True),
-        ((("a",),), (("a", "b"),), True),
     ],
 )
 def test_bad_wirings_raise(reads, writes, skip):
     with pytest.raises(ValueError, match=r"sites|width|skip"):
         Wiring({"a": 2, "b": 2}, reads, writes, skip)
+
+
+@pytest.mark.parametrize("writes", [(("a", "c"),), (("a",), ("c",), ("c",)), (("a",), ("b",))])
+def test_tied_decoders_need_a_group_a_written_site_and_one_width(writes):
+    widths, reads = {"a": 2, "b": 3, "c": 2}, (("a",),) * len(writes)
+    assert Wiring(widths, reads, writes).tied is None
+    with pytest.raises(ValueError, match="tied decoders need as many groups as written sites, and those of one width"):
+        Wiring(widths, reads, writes, tied=wiring.Tying("per_source", scale=False, offset=False))
 
 
 def test_widths_cannot_change_and_wirings_travel():

@@ -50,6 +50,11 @@ def test_combine(shape, dtype, layout):
     out = torch.full_like(got, float("nan"))
     assert triton_combine.launch(starts, column, values, layout(rows), out) is out
     torch.testing.assert_close(out, want)
+    pull, base = random(tokens, dtype=dtype), random(tokens, width + 1, dtype=dtype)[:, 1:]
+    triton_combine.launch(starts, column, values, layout(rows), out, pull, layout(base))
+    exact = torch.promote_types(dtype, torch.float32)
+    plain = combine.reference(starts, column, values.to(exact), rows.to(exact))
+    torch.testing.assert_close(out, (plain + pull.to(exact).unsqueeze(1) * base.to(exact)).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.training import Learner
+from xlc_ray.training.resampling import resample
 
 ROWS, FEATURES, STEPS = 16, 10, 20  # 10 features split 5+5 and 3+3+3+1
 
@@ -19,6 +22,8 @@ WIRINGS = {
     "acausal": wiring.crosscoder(["resid_post.0", "resid_post.1"], 6, "acausal"),
     "weakly_causal": wiring.crosscoder(["resid_post.0", "resid_post.1"], 6, "weak"),
     "strictly_causal": wiring.crosscoder(["resid_post.0", "resid_post.1", "resid_post.2"], 6, "strict"),
+    "tied_per_source": replace(wiring.clt([0, 1, 2], 6), skip=True, tied=wiring.Tying("per_source", True, True)),
+    "tied_per_target": replace(wiring.clt([0, 1, 2], 6), tied=wiring.Tying("per_target", True, True)),
     "ragged_widths": Wiring({"a": 3, "b": 5, "c": 4}, (("a",), ("a", "c")), (("a", "c"), ("b",))),
 }
 L1 = {"sparsity": {"kind": "l1", "coefficient": 0.1, "schedule": {"kind": "constant", "warmup": 0.5}}}
@@ -37,6 +42,14 @@ GATES = {
     "batchtopk_group": ({"kind": "batchtopk", "k": 2, "pool": "group", "threshold_start": 5}, AUXK),
     "batchtopk_all": ({"kind": "batchtopk", "k": 3, "threshold_start": 5}, {**AUXK, **TANH, "preactivation": 0.0}),
 }
+CASES = [(w, g) for w in WIRINGS for g in GATES]
+GATES |= {
+    "jumprelu_ghost": ({**JUMP, "threshold": 2.0}, {"ghost": {}}),
+    "topk_resampled": ({"kind": "topk", "k": 1, "rank_by": "decoder_norm"}, {}),
+    "jumprelu_resampled": ({**JUMP, "threshold": 2.0}, TANH),
+}
+CASES += [(w, g) for w in ("skip_transcoders", "clt", "tied_per_source") for g in list(GATES)[-3:]]
+RESAMPLE = {"every": 5, "tokens": 2 * ROWS, "warmup": 3, "scale": 0.9}
 CONCRETE = {"beta": 0.6, "final_beta": 0.4}
 L0 = {"sparsity": {"kind": "l0", "coefficient": 0.1}}
 LP = {"sparsity": {"kind": "lp", "coefficient": 0.1, "p_end": 0.5}}
@@ -62,7 +75,7 @@ MORE_GATES = {
     ),
 }
 SETS = {
-    "fast": [(w, g) for w in WIRINGS for g in GATES] + [("clt", g) for g in MORE_GATES],
+    "fast": CASES + [("clt", g) for g in MORE_GATES],
     "rest": [(w, g) for w in WIRINGS for g in MORE_GATES if w != "clt"],
 }
 """Cases by when they are run: `rest` is slow."""
@@ -101,6 +114,8 @@ def batches(wires: Wiring) -> list[dict[str, torch.Tensor]]:
 def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Tensor]:
     """Metrics of every step, gradients of the first, parameters and counters at the end. Sharded ones: this rank's."""
     wires, (gate, loss) = WIRINGS[case[0]], (GATES | MORE_GATES)[case[1]]
+    if case[1].endswith("resampled"):
+        changes |= {"train.resample": RESAMPLE, "train.dead_after_tokens": ROWS}
     settings = config(gate, loss, **changes)
     dictionary = build(settings.dictionary, wires, seed=3, shards=shards)
     learner = Learner(dictionary, settings)
@@ -109,6 +124,8 @@ def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Ten
     for i, batch in enumerate(batches(wires)):
         mine = {s: v[shards.replica * share : (shards.replica + 1) * share] for s, v in batch.items()}
         metrics = learner.train_step(mine, measure=i in (0, STEPS - 1)) or {}
+        if "train.resample" in changes and learner.step % RESAMPLE["every"] == 0:
+            metrics["resampled"] = resample(learner, lambda i=i: iter(batches(wires)[i : i + 2]))
         if shards.replicas > 1:  # variance about a replica's own mean is another number
             metrics.pop("explained_variance", None)
         found |= {f"metrics.{i}.{k}": torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()}

@@ -107,4 +107,10 @@ def test_the_cases_exercise_dead_features_and_clipping(reference):
     dead = [v for c in reference for k, v in reference[c].items() if k.endswith("dead_features")]
     norms = [v for c in reference for k, v in reference[c].items() if k.endswith("grad_norm")]
     assert any(0 < d < 1 for d in dead)
+    for gate in ("topk_resampled", "jumprelu_resampled"):
+        started = [v for c in cases.CASES if c[1] == gate for k, v in reference[c].items() if k.endswith(".resampled")]
+        assert len(started) == 3 * 4  # wirings x resamplings
+        assert sum(n > 3 for n in started) > 6
+    ghosts = [v for c in cases.CASES for k, v in reference[c].items() if k.endswith(".ghost")]
+    assert any(v > 0 for v in ghosts)
     assert any(n > 0.5 for n in norms)

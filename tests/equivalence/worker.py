@@ -31,7 +31,8 @@ def count_collectives(found: dict) -> None:
 
     def decoded(self, *args, **kwargs):
         out = decode(self, *args, **kwargs)
-        found.setdefault("forward", []).append((Counter(name for name, _ in calls), dict(calls)))
+        if self.training:  # not when resampling looks at its sample
+            found.setdefault("forward", []).append((Counter(name for name, _ in calls), dict(calls)))
         return out
 
     Dictionary.analyse, Dictionary.decode_all = analysed, decoded

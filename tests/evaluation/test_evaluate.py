@@ -14,7 +14,7 @@ from xlc_ray.activations.text import chunk_plan, is_held_out, load_documents, pa
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Shards
 from xlc_ray.dictionary.build import build, make_wiring
-from xlc_ray.evaluation import evaluate, table, write_report
+from xlc_ray.evaluation import evaluate, measure, table, write_report
 from xlc_ray.evaluation.run import held_out_batches, held_out_windows
 
 from .conftest import TINY
@@ -78,6 +78,29 @@ def test_holds_every_promised_number_as_json(evaluation):
     assert evaluation["tokens"] == 600
     assert evaluation["replacement"]["windows"] == 12
     assert evaluation["kl"] == evaluation["replacement"]["all"]["kl"]
+
+
+def test_features_and_core_metrics_agree_with_the_evaluation(dictionary, config, store, evaluation):
+    found = measure(dictionary, config.override({"evaluate.ablate_features": 3}), store)
+    ablated = found.evaluation.pop("ablated_features")
+    assert found.evaluation | {"ablated_features": []} == evaluation
+    rows = found.features.to_pylist()
+    assert sum(row["density"] for row in rows) == pytest.approx(evaluation["l0"])
+    assert sum(row["dead"] for row in rows) / len(rows) == evaluation["dead_features"]
+    assert len(ablated) == 3
+    assert not any(rows[one["group"] * 32 + one["feature"]]["dead"] for one in ablated)
+    core, site = found.core["eval_result_metrics"], evaluation["sites"]["mlp_out.1"]
+    assert core["sparsity"]["l0"] == pytest.approx(evaluation["l0"])
+    assert core["model_performance_preservation"]["ce_loss_score"] == evaluation["ce_recovered"]
+    assert core["token_stats"]["total_tokens_eval_sparsity_variance"] == 600
+    assert found.core["sites"]["mlp_out.1"]["reconstruction_quality"]["cossim"] == site["cosine_similarity"]
+    text = table(found.evaluation | {"ablated_features": ablated})
+    assert f"group {ablated[0]['group']} feature {ablated[0]['feature']} " in text
+
+
+def test_ablation_needs_windows(dictionary, config, store):
+    with pytest.raises(UserError, match=r"evaluate\.ablate_features: needs the replacement model"):
+        evaluate(dictionary, config.override({"evaluate.windows": 0, "evaluate.ablate_features": 1}), store)
 
 
 def test_batches_are_the_first_rows_each_once(store):

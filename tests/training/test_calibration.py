@@ -21,6 +21,17 @@ def test_known_geometric_medians():
     torch.testing.assert_close(geometric_median(equilateral), equilateral.mean(dim=0), rtol=1e-8, atol=1e-8)
 
 
+def test_it_is_what_weiszfelds_iteration_converges_to():
+    cloud = make.random(40, 3, seed=8).exp().numpy()
+    centre = cloud.mean(axis=0)
+    for _ in range(2000):
+        weights = [1 / sum((p - centre) ** 2) ** 0.5 for p in cloud]
+        centre = sum(w * p for w, p in zip(weights, cloud, strict=True)) / sum(weights)
+    torch.testing.assert_close(
+        geometric_median(torch.from_numpy(cloud)), torch.from_numpy(centre), rtol=1e-8, atol=1e-8
+    )
+
+
 def test_an_outlier_hardly_moves_it():
     cloud = make.random(200, 3)
     spoilt = torch.cat([cloud, torch.full((5, 3), 1e6).double()])

@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from wandb.proto.wandb_internal_pb2 import Record
 
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
@@ -53,8 +54,9 @@ def final_state(config):
             "train.loss": {"sparsity": {"kind": "l0", "coefficient": 0.1}},
         },
         {"dictionary.gate": {"kind": "batchtopk", "k": 3, "rank_by": "zscore", "threshold_start": 3}},
+        {"dictionary.features": 1024, "train.optimizer": {"states": "int8"}, "train.clip_norm": 0.1},
     ],
-    ids=["batchtopk", "jumprelu", "hard_concrete", "zscore"],
+    ids=["batchtopk", "jumprelu", "hard_concrete", "zscore", "8-bit moments"],
 )
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(small_run, tmp_path, gate):
     whole = small_run({**gate, "out": str(tmp_path / "whole")})
@@ -167,13 +169,34 @@ def test_run_directory_may_be_a_url(small_run):
     assert not dictionary.training
 
 
+def wandb_records(content: bytes):
+    """What wandb's file holds: a header of 7 bytes, then records, of which 7 bytes say length and part (LevelDB)."""
+    at, record = 7, b""
+    while at + 7 < len(content):
+        if (left := 32768 - at % 32768) < 7:  # a block's end is filled up
+            at += left
+            continue
+        size, part = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if part in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
+
+
 def test_wandb_offline_gets_every_line(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_alone(small_run({"train.wandb": {"project": "tests", "mode": "offline"}}))
     (written,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
-    content = written.read_bytes()
-    assert b"explained_variance" in content
-    assert b"batchtopk" in content
+    settings, lines = {}, []
+    for data in wandb_records(written.read_bytes()):
+        record = Record.FromString(data)
+        settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.history.item:
+            lines.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    assert settings["dictionary"]["gate"]["kind"] == "batchtopk"
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["explained_variance"] for line in lines] == [line["explained_variance"] for line in logged]
 
 
 def test_metrics_lines_hold_what_the_report_and_users_need(small_run):

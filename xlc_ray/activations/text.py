@@ -1,33 +1,38 @@
 """Text: documents → tokens → windows → the plan of which rows stand in which chunk.
 
-A task's documents are joined as `doc EOS doc EOS …` and cut into windows of `context` tokens, each beginning with BOS
-if asked. A *row* is one kept token: a (window, position) that is no padding, not among the first `ignore_first`, not
-special.
+Packed, a task's documents are joined as `doc EOS doc EOS …` and cut into windows of `context` tokens, each beginning
+with BOS if asked. Or each document is a window of its own, cut at `context` or padded. A *row* is one kept token: a
+(window, position) that is no padding, not among the first `ignore_first`, not special.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from xlc_ray.activations.documents import load_documents
+from xlc_ray.activations.documents import MESSAGES, Document, column_kind, load_documents, read_documents
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Model, Text, UserError
 
 __all__ = [
+    "check_documents",
     "chunk_plan",
     "from_pretrained",
     "is_held_out",
     "load_documents",
     "load_tokenizer",
     "pack",
+    "read_documents",
     "special_ids",
+    "token_ids",
     "token_mask",
 ]
 
@@ -65,34 +70,104 @@ def special_ids(tokenizer: Any) -> np.ndarray:
     return np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int32)
 
 
-def is_held_out(document: str | None, fraction: float) -> bool:
-    """Whether a document belongs to the held-out share: a hash of its text decides, so duplicates stay together."""
-    digest = hashlib.blake2b((document or "").encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def check_documents(text: Text, tokenizer: Any) -> None:
+    """Raises UserError where a dataset cannot be read, or holds messages and the tokenizer has no chat template."""
+    for part in text.parts():
+        if column_kind(load_documents(part), part) == MESSAGES:
+            _check_template(tokenizer, part)
+
+
+def _check_template(tokenizer: Any, text: Text) -> None:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"text.column: {text.column!r} of {text.label} holds messages, and the tokenizer of "
+            f"{tokenizer.name_or_path} has no chat template; give a model whose tokenizer has one, or a column of text"
+        )
+
+
+def is_held_out(document: Document | None, fraction: float) -> bool:
+    """Whether a document belongs to the held-out share: a hash of its content decides, so duplicates stay together."""
+    content = document if isinstance(document, str) else json.dumps(document, sort_keys=True) if document else ""
+    digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def pack(documents: Sequence[str | None], tokenizer: Any, text: Text) -> Windows:
-    """Tokenise documents and cut them into windows; only the last may be shorter. No token is dropped."""
+def pack(documents: Sequence[Document | None], tokenizer: Any, text: Text) -> Windows:
+    """Tokenise documents and make windows of them as `text.windows` says; packed, only the last may be shorter.
+
+    No token of packed documents is dropped. Raises UserError like `token_ids`.
+    """
     bos, eos = _boundaries(tokenizer)
+    ids = token_ids(documents, tokenizer, text)
     lead = [bos] if text.prepend_bos else []
-    room = text.context - len(lead)
+    if text.windows == "one_per_document":
+        return _windows([[*lead, *document][: text.context] for document in ids if document], text.context)
     stream: list[int] = []
-    if documents:
-        cleaned = [document or "" for document in documents]
-        # verbose=False: a document longer than the model's context is no mistake here.
-        for ids in tokenizer(cleaned, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]:
-            stream += ids
+    for document in ids:
+        stream += document
+        if document[-1:] != [eos]:  # templates and tokenised text may have ended it themselves
             stream.append(eos)
-    count = -(-len(stream) // room)
-    body = np.zeros(count * room, dtype=np.int32)
-    body[: len(stream)] = stream
-    tokens = np.concatenate([np.full((count, len(lead)), bos, np.int32), body.reshape(count, room)], axis=1)
-    length = np.full(count, text.context, dtype=np.int32)
-    if count:
-        length[-1] = len(lead) + len(stream) - (count - 1) * room
-    return Windows(tokens, length)
+    room = text.context - len(lead)
+    return _windows([[*lead, *stream[at : at + room]] for at in range(0, len(stream), room)], text.context)
+
+
+def _windows(rows: Sequence[Sequence[int]], context: int) -> Windows:
+    tokens = np.zeros((len(rows), context), dtype=np.int32)
+    for window, row in zip(tokens, rows, strict=True):
+        window[: len(row)] = row
+    return Windows(tokens, np.array([len(row) for row in rows], dtype=np.int32))
+
+
+def token_ids(documents: Sequence[Document | None], tokenizer: Any, text: Text) -> list[list[int]]:
+    """Token ids of each document; without the BOS at its beginning, if there is one and windows get their own.
+
+    Messages are rendered by the tokenizer's chat template. Raises UserError where that fails, and where given ids are
+    not the tokenizer's or, as windows of their own, do not fit.
+    """
+    bos, vocabulary = _boundaries(tokenizer)[0], len(tokenizer)
+    found: list[list[int]] = [[] for _ in documents]
+    texts: dict[int, str] = {}
+    for i, document in enumerate(documents):
+        if isinstance(document, str):
+            texts[i] = document
+        elif document and isinstance(document[0], Mapping):
+            texts[i] = _rendered(document, tokenizer, text)
+        elif document:
+            found[i] = _checked(document, vocabulary, tokenizer, text)
+    if texts:
+        # verbose=False: a document longer than the model's context is no mistake here.
+        made = tokenizer(list(texts.values()), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for i, ids in zip(texts, made["input_ids"], strict=True):
+            found[i] = ids
+    return [ids[1:] if text.prepend_bos and ids[:1] == [bos] else ids for ids in found]
+
+
+def _rendered(messages: Sequence[Any], tokenizer: Any, text: Text) -> str:
+    _check_template(tokenizer, text)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:  # what templates raise of conversations they do not allow
+        roles = ", ".join(str(message.get("role")) for message in messages[:8])
+        reason = f"of {tokenizer.name_or_path} refuses messages of {roles}: {error}"
+        raise UserError(f"text.column: {text.column!r} of {text.label}: the chat template {reason}") from None
+
+
+def _checked(ids: Sequence[Any], vocabulary: int, tokenizer: Any, text: Text) -> list[int]:
+    where = f"text.column: {text.column!r} of {text.label}"
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= vocabulary:
+        raise UserError(
+            f"{where}: token id {highest if lowest >= 0 else lowest} is not of the tokenizer of "
+            f"{tokenizer.name_or_path}; allowed: 0 to {vocabulary - 1}"
+        )
+    if text.windows == "one_per_document":
+        needed = len(ids) + (text.prepend_bos and ids[0] != _boundaries(tokenizer)[0])
+        if needed > text.context:  # whoever tokenised it meant it whole
+            raise UserError(
+                f"{where}: {len(ids)} token ids do not fit a window of text.context = {text.context}; "
+                f"allowed: at least {needed}, or text.windows packed"
+            )
+    return list(ids)
 
 
 def token_mask(windows: Windows, special: np.ndarray, text: Text) -> np.ndarray:
@@ -124,7 +199,10 @@ def chunk_plan(
         if total == tokens:
             yield _chunk(index, group, seed)
             return
-    raise UserError(f"text.dataset: text ended after {total} of {tokens} tokens; ask for fewer or give more text")
+    raise UserError(
+        f"text.dataset: text ended after {total} of {tokens} tokens; ask for fewer or give more text "
+        "(a mixture ends with the first of its datasets to end)"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -75,16 +76,43 @@ def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> 
     _run(lambda argv: main(*words_of(argv, "--run")), about, "--run")
 
 
-def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
-    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
+class Options(argparse.ArgumentParser):
+    """The options of a job without settings. A mistake is one line."""
 
-    Anything else is a defect of ours and keeps its traceback."""
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def pair(word: str) -> tuple[str, str]:
+    """The type of an option NAME=VALUE: both words. Raises ArgumentTypeError on anything else."""
+    name, _, value = word.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"{word!r} should be NAME=VALUE")
+    return name, value
+
+
+def run_options(main: Callable[[argparse.Namespace], object], options: Options) -> NoReturn:
+    """Likewise for a job with options of its own and no settings: `main(options)`."""
+    _exit_with(lambda: main(options.parse_args()))
+
+
+def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
         print(help_text(argv, about, option))
         sys.exit(0)
+    _exit_with(lambda: main(argv))
+
+
+def _exit_with(main: Callable[[], object]) -> NoReturn:
+    """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
+
+    Anything else is a defect of ours and keeps its traceback."""
     try:
-        main(argv)
+        main()
     except KeyboardInterrupt:
         print("\ninterrupted: what was written so far is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -143,14 +171,18 @@ def _settings(path: str, annotation: Any) -> Iterator[str]:
             here = f"{path}.{name}"
             if name == "kind" and isinstance(field.default, str):
                 yield f"  --{here}={field.default}"
-            elif inner := list(_models(field.annotation)):
+            elif list(_models(field.annotation)):
                 optional = (
                     "" if field.is_required() or type(None) not in get_args(field.annotation) else " (default null)"
                 )
                 yield f"  --{here}{optional}: {field.description}"
-                yield from _settings(here, field.annotation) if inner else ()
+                yield from _settings(f"{here}[]" if _is_list(field.annotation) else here, field.annotation)
             else:
                 yield f"  --{here} ({_default(field.default)}): {field.description}"
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_is_list, get_args(annotation)))
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

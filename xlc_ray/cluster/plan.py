@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from xlc_ray import files
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations import store
-from xlc_ray.activations.text import chunk_plan, load_documents, load_tokenizer
+from xlc_ray.activations.text import check_documents, chunk_plan, load_tokenizer
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.cluster.session import connect, require
 from xlc_ray.cluster.tokenize import by_split, tokenized
@@ -50,12 +50,16 @@ def identities(config: Config, widths: dict[str, int]) -> dict[bool, dict[str, A
 
     A local model or text counts by its last name and its bytes, not by where it lies: a job may see a temporary copy.
     """
-    changes, content = {}, {}
-    for path, name in (("model.name", config.model.name), ("text.dataset", config.text.dataset)):
-        if (size := _local_bytes(name)) is not None:
-            changes[path], content[path] = Path(name).name, size
-    named = config.override(changes)
+    origins = {"model.name": config.model.name}
+    for i, part in enumerate(config.text.parts()):
+        origins[f"text.mixture.{i}" if config.text.mixture else "text.dataset"] = str(part.dataset)
+    content = {path: size for path, name in origins.items() if (size := _local_bytes(name)) is not None}
+    named = config.override({"model.name": _last_name(config.model.name), **config.text.renamed(_last_name)})
     return {held_out: store.identity(named, widths, held_out) | {"bytes": content} for held_out in (False, True)}
+
+
+def _last_name(name: str) -> str:
+    return name if _local_bytes(name) is None else Path(name).name
 
 
 def _local_bytes(name: str) -> int | None:
@@ -83,7 +87,7 @@ def make_plan(config: Config, paths: dict[bool, str]) -> None:
     fraction = config.text.held_out_fraction
     if not 0 < fraction < 1:
         raise UserError(f"text.held_out_fraction: {fraction:g} leaves one split without documents; give 0 < f < 1")
-    load_documents(config.text)  # errors now, not in a worker
+    check_documents(config.text, load_tokenizer(config.model))  # errors now, not in a worker
     connect()
     require(1, 0, "tokenising")
     for path in paths.values():

@@ -97,18 +97,17 @@ def available(kind: str) -> float:
 def resolve(config: Config) -> Config:
     """The same settings with absolute local paths, because workers run in other directories; URLs stay as they are.
 
-    `model.name` and `text.dataset` are seen from the working directory and left alone where nothing is there (a name on
-    the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working directory, or, in a Ray job
-    that runs in a temporary copy of it, to ~/xlc_ray.
+    `model.name` and the datasets of `text` are seen from the working directory and left alone where nothing is there (a
+    name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working directory, or, in a
+    Ray job that runs in a temporary copy of it, to ~/xlc_ray.
     """
-    changes = {}
-    for path, name in (("model.name", config.model.name), ("text.dataset", config.text.dataset)):
-        if _exists_here(name):
-            changes[path] = os.path.abspath(local(name))
+    changes = {"model.name": _absolute(config.model.name), **config.text.renamed(_absolute)}
     root = output_root()
     for path, name in (("source.path", config.source.path), ("out", config.out)):
         if "://" not in name or name.startswith("file://"):
             changes[path] = str(root / Path(local(name)).expanduser())
+    if config.train.loss.connection:
+        changes["train.loss.connection.run"] = run_path(config.train.loss.connection.run)
     resolved = config.override(changes)
     if "XLC_ROOT" not in os.environ and _in_job_copy(Path.cwd()) and not _all_absolute(config):
         print(f"job runs in a temporary copy: out is {resolved.out}, source.path is {resolved.source.path}", flush=True)
@@ -136,6 +135,10 @@ def _in_job_copy(directory: Path) -> bool:
 
 def _all_absolute(config: Config) -> bool:
     return all("://" in p or Path(p).expanduser().is_absolute() for p in (config.out, config.source.path))
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(local(name)) if _exists_here(name) else name
 
 
 def _exists_here(name: str) -> bool:

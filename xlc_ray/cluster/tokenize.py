@@ -7,6 +7,7 @@ read once; packing, the slow part, runs on all CPUs. The consumer stops when it 
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -19,9 +20,9 @@ import ray.data
 from xlc_ray.activations.text import (
     Windows,
     is_held_out,
-    load_documents,
     load_tokenizer,
     pack,
+    read_documents,
     special_ids,
     token_mask,
 )
@@ -68,16 +69,16 @@ def by_split(stream: Iterator[dict[bool, Packed]]) -> dict[bool, Iterator[Packed
 
 
 def _read(text: Text, documents_per_task: int) -> Iterator[pa.Table]:
-    """One row, a list of consecutive documents, at a time."""
-    documents: Any = load_documents(text).select_columns([text.column])
-    for rows in documents.iter(batch_size=documents_per_task):
-        yield pa.table({"documents": pa.array([rows[text.column]], pa.list_(pa.large_string()))})
+    """One row, a list of consecutive documents, at a time; pickled, since a document is text, ids or messages."""
+    documents = read_documents(text)
+    while some := list(itertools.islice(documents, documents_per_task)):
+        yield pa.table({"documents": pa.array([pickle.dumps(some)], pa.large_binary())})
 
 
 def _pack(batch: dict[str, np.ndarray], model: Model, text: Text) -> dict[str, list[bytes]]:
     tokenizer, special = _tokenizer(model)
     rows = []
-    for documents in batch["documents"]:
+    for documents in map(pickle.loads, batch["documents"]):
         out: dict[bool, Packed] = {}
         for held_out in (True, False):
             chosen = [d for d in documents if is_held_out(d, text.held_out_fraction) is held_out]

@@ -69,6 +69,13 @@ class Config(Settings):
                 f"{self.dictionary.features} is less than one feature"
             )
         check_gate(gate, loss)
+        if loss.auxk and loss.ghost:
+            raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
+        if self.train.resample and getattr(self.dictionary.wiring, "tied", None) == "per_target":
+            raise ValueError(
+                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
+                "train.loss.auxk, train.loss.ghost or tied: per_source"
+            )
         return self
 
     def override(self, changes: dict[str, Any]) -> Config:

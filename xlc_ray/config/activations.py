@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,8 +25,8 @@ class Model(Settings):
     """Allow the model's repository to run its own code."""
 
 
-class Text(Settings):
-    """The text the model reads, cut into windows of `context` tokens."""
+class Documents(Settings):
+    """A dataset, and which of its columns holds the documents."""
 
     dataset: Name
     """A Hugging Face dataset, `save_to_disk` directory, or file, directory, glob of .txt .jsonl .json .csv .parquet."""
@@ -34,13 +35,32 @@ class Text(Settings):
     split: Name = "train"
     """The dataset's split."""
     column: Name = "text"
-    """The column that holds the text (of .txt files: always `text`)."""
+    """Holds text (of .txt files: always `text`), lists of token ids, or lists of messages {role, content}, which the
+    tokenizer's chat template renders."""
+
+
+class Share(Documents):
+    """One dataset of a mixture."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the documents (not of the tokens), relative to the weights of the others."""
+
+
+class Text(Documents):
+    """The text the model reads, cut into windows of `context` tokens."""
+
+    dataset: Name | None = None
+    """A Hugging Face dataset, `save_to_disk` directory, or file, directory, glob of .txt .jsonl .json .csv .parquet."""
+    mixture: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+    """Instead of `dataset`: several, interleaved document by document; it ends with the first of them that ends."""
     streaming: bool = False
     """Read a Hub dataset without downloading it whole."""
     paragraphs: Annotated[int, Field(ge=1)] = 20
     """A .txt file is cut into documents of this many paragraphs (separated by blank lines)."""
     context: Annotated[int, Field(ge=2)] = 128
     """Tokens in a window."""
+    windows: Literal["packed", "one_per_document"] = "packed"
+    """packed: documents are joined, each ended by EOS, and cut; one_per_document: each is a window, cut or padded."""
     prepend_bos: bool = True
     """Begin every window with the tokenizer's BOS (or EOS) token."""
     ignore_first: Annotated[int, Field(ge=0)] = 1
@@ -55,6 +75,34 @@ class Text(Settings):
         if self.ignore_first >= self.context:
             raise ValueError(f"ignore_first = {self.ignore_first} leaves nothing of windows of {self.context} tokens")
         return self
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Text:
+        if (self.dataset is None) == (self.mixture is None):
+            raise ValueError("give either dataset or mixture, a list of {dataset, subset, split, column, weight}")
+        if self.mixture is not None:
+            for name in ("subset", "split", "column"):
+                if getattr(self, name) != Documents.model_fields[name].default:
+                    raise ValueError(f"{name} does not apply to a mixture; give it with each dataset of the mixture")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The names of its datasets."""
+        return " + ".join(str(part.dataset) for part in self.parts())
+
+    def parts(self) -> tuple[Text, ...]:
+        """Each dataset as a Text of its own: itself, or those of the mixture."""
+        if self.mixture is None:
+            return (self,)
+        origins = [share.model_dump(exclude={"weight"}) for share in self.mixture]
+        return tuple(self.model_copy(update={"mixture": None, **origin}) for origin in origins)
+
+    def renamed(self, rename: Callable[[str], str]) -> dict[str, Any]:
+        """The override that gives each dataset the name `rename(name)`."""
+        if self.mixture is None:
+            return {"text.dataset": rename(str(self.dataset))}
+        return {"text.mixture": [s.model_dump(mode="json") | {"dataset": rename(s.dataset)} for s in self.mixture]}
 
 
 class Generate(Settings):

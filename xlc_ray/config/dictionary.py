@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from xlc_ray.config.base import Fraction, Layers, Settings
 
@@ -40,6 +40,21 @@ class CltWiring(Settings):
     """The tag of this wiring."""
     layers: Layers = "all"
     """Layers: all, or a list."""
+    skip: bool = False
+    """Add linear paths from each input to the outputs of its layer and all later ones."""
+    tied: Literal["per_source", "per_target"] | None = None
+    """Share decoders: per_source: one a group, for all its targets; per_target: one a target, for all groups."""
+    feature_scale: bool = False
+    """With tied: each target multiplies every feature by a number of its own."""
+    feature_offset: bool = False
+    """With tied: each target adds a number of its own to every feature that is active."""
+
+    @model_validator(mode="after")
+    def _only_tied_decoders_have_them(self) -> CltWiring:
+        for name in ("feature_scale", "feature_offset"):
+            if getattr(self, name) and self.tied is None:
+                raise ValueError(f"{name}: only with tied: per_source or per_target")
+        return self
 
 
 class CrosscoderWiring(Settings):
@@ -221,7 +236,7 @@ class Dictionary(Settings):
     normalization: Normalization = Normalization()
     """Scale and centre of each site."""
     decoder_norm: Annotated[float, Field(gt=0)] = 0.1
-    """Norm of a feature's whole decoder row at the start."""
+    """Norm of a feature's whole decoder row at the start (tied per_target: of the first group's)."""
     tie_encoder_init: bool = True
     """Start W_enc as a copy of the decoder direction where read and written sites allow it, else at random."""
     bias_init: Literal["zeros", "mean", "geometric_median"] = "zeros"

@@ -9,7 +9,7 @@ COUNTED = ("jumprelu", "hard_concrete", "gated_hard_concrete")
 """Gates whose number of active features has a gradient."""
 CONCRETE = ("hard_concrete", "gated_hard_concrete")
 OF_PRE = ("relu", "jumprelu", "topk", "batchtopk", "custom")
-"""Gates whose dead features can be revived as ReLU(pre)."""
+"""Gates whose dead features can be revived as ReLU(pre) or exp(pre)."""
 
 
 def check_gate(gate: Gate, loss: Loss) -> None:
@@ -29,8 +29,9 @@ def check_gate(gate: Gate, loss: Loss) -> None:
                 f"train.loss.sparsity.kind: {s.kind} needs features that are not negative, which "
                 "dictionary.gate.rank_by: zscore gives; use tanh or none"
             )
-    if loss.auxk and gate.kind not in OF_PRE:
-        raise ValueError(f"train.loss.auxk: needs the gate {_either(OF_PRE)}, not {gate.kind}")
+    for name in ("auxk", "ghost"):
+        if getattr(loss, name) and gate.kind not in OF_PRE:
+            raise ValueError(f"train.loss.{name}: needs the gate {_either(OF_PRE)}, not {gate.kind}")
     if loss.preactivation and gate.kind in CONCRETE:
         raise ValueError(f"train.loss.preactivation: the gate {gate.kind} has no threshold for it")
 

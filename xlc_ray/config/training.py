@@ -101,6 +101,22 @@ class Matryoshka(Settings):
         return self
 
 
+class Ghost(Settings):
+    """Ghost gradients: dead features learn, by exp of their pre-activations, from the error that is left."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of this loss, whose value is scaled to the reconstruction loss."""
+
+
+class Connection(Settings):
+    """Few connections to another dictionary: at common sites, sum |<its decoder row, ours>|, mean over its features."""
+
+    run: Name
+    """Run directory of the other dictionary, which writes a site that this one writes."""
+    coefficient: Annotated[float, Field(ge=0)]
+    """Weight of the penalty."""
+
+
 class Loss(Settings):
     """Reconstruction error (summed over width and sites, averaged over tokens) plus penalties."""
 
@@ -114,6 +130,35 @@ class Loss(Settings):
     """Auxiliary loss of dead features."""
     matryoshka: Matryoshka | None = None
     """Nested dictionaries; null = one."""
+    ghost: Ghost | None = None
+    """Ghost gradients of dead features, instead of auxk."""
+    connection: Connection | None = None
+    """Penalty on inner products with the decoder rows of another dictionary."""
+
+
+class Resample(Settings):
+    """Dead features start anew on inputs that are badly reconstructed (Bricken et al. 2023)."""
+
+    every: Annotated[int, Field(ge=1)]
+    """Steps between resamplings."""
+    tokens: Annotated[int, Field(ge=1)]
+    """Rows that inputs are drawn from, with probability proportional to the square of their loss."""
+    scale: Annotated[float, Field(gt=0)] = 0.2
+    """Norm of the new encoder row, as a share of the mean of living features'."""
+    decoder: Literal["error", "target"] = "error"
+    """Direction of the new decoder row: what is left of the drawn row's target, or the target less b_dec."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises again after each resampling."""
+    until: Fraction = 1.0
+    """Share of the run after which no feature is resampled any more."""
+
+    @model_validator(mode="after")
+    def _rate_recovers(self) -> Resample:
+        if self.warmup > self.every:
+            raise ValueError(
+                f"warmup = {self.warmup} exceeds every = {self.every}: the rate would never be whole again"
+            )
+        return self
 
 
 class Optimizer(Settings):
@@ -127,6 +172,8 @@ class Optimizer(Settings):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay."""
+    states: Literal["float32", "int8"] = "float32"
+    """Moments in memory: int8 takes a quarter, in blocks with a scale each (needs the extra `lowbit`)."""
 
 
 class Wandb(Settings):
@@ -163,6 +210,8 @@ class Train(Settings):
     """bfloat16: autocast over float32 weights; float64: for references."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
     """A feature is dead when it was silent for this many tokens."""
+    resample: Resample | None = None
+    """Start dead features anew from time to time."""
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
     """Training rows read for b_dec and the geometric median, at most."""
     log_every: Annotated[int, Field(ge=1)] = 50
@@ -186,6 +235,8 @@ class Evaluate(Settings):
     """Held-out windows for the replacement model; 0 = skip it."""
     batch_windows: Annotated[int, Field(ge=1)] = 16
     """Windows in one forward pass."""
+    ablate_features: Annotated[int, Field(ge=0)] = 0
+    """Active features, drawn at random, whose single effect on the cross-entropy is measured; 0 = none."""
 
 
 class Cluster(Settings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from xlc_ray.config import UserError
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import custom, gates, hard_concrete, wiring
@@ -24,8 +26,9 @@ def make_wiring(config: settings.Wiring, num_layers: int, width: int) -> Wiring:
             return wiring.sae([f"{site}.{n}" for n in layers], width)
         case settings.TranscoderWiring(skip=skip):
             return wiring.transcoders(layers, width, skip)
-        case settings.CltWiring():
-            return wiring.clt(layers, width)
+        case settings.CltWiring(skip=skip, tied=tied, feature_scale=scale, feature_offset=offset):
+            tying = wiring.Tying(tied, scale, offset) if tied else None
+            return replace(wiring.clt(layers, width), skip=skip, tied=tying)
         case settings.CrosscoderWiring(site=site, causality=causality):
             return wiring.crosscoder([f"{site}.{n}" for n in layers], width, causality)
         case settings.CustomWiring(path=path, options=options):
@@ -84,11 +87,18 @@ def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards)
     dictionary = Dictionary(wires, sizes, make_gate(config.gate, local, shards), shards, config.products)
     for g, group in enumerate(dictionary.groups):
         tied = config.tie_encoder_init and wires.reads[g] == wires.writes[g]
-        norm = 1.0 if config.unit_norm else config.decoder_norm
+        norm = 1.0 if config.unit_norm else config.decoder_norm / tied_sites(wires, g) ** 0.5
         group.initialise(seed, g, shards.bounds(sizes[g])[0], norm, tied)
     first = [shards.bounds(n)[0] for n in sizes]
     dictionary.gate.initialise(seed, first, [(group.W_enc, group.b_enc) for group in dictionary.groups])
     return dictionary
+
+
+def tied_sites(wires: Wiring, g: int) -> int:
+    """Written sites over which the norm of a feature is spread that a row of the decoder of group g holds one of."""
+    if wires.tied is None:
+        return 1
+    return len(wires.writes[g] if wires.tied.by == "per_source" else wires.written_sites)
 
 
 def normalize_by(dictionary: Dictionary, config: settings.Normalization, kind: str, stats) -> None:

@@ -7,6 +7,7 @@ by DTensor, whose only place in xlc_ray this is.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -23,7 +24,7 @@ from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary.build import build
 from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.shards import Shards
-from xlc_ray.dictionary.wiring import Wiring
+from xlc_ray.dictionary.wiring import Tying, Wiring
 
 MARKER = "complete.json"
 
@@ -103,13 +104,15 @@ def group_of(name: str) -> int:
 
 def describe(wiring: Wiring) -> dict[str, Any]:
     """A wiring as plain data."""
-    return {"widths": dict(wiring.widths), "reads": wiring.reads, "writes": wiring.writes, "skip": wiring.skip}
+    plain = {"widths": dict(wiring.widths), "reads": wiring.reads, "writes": wiring.writes, "skip": wiring.skip}
+    return plain | ({"tied": dataclasses.asdict(wiring.tied)} if wiring.tied else {})
 
 
 def wiring_from(plain: dict[str, Any]) -> Wiring:
     """The wiring that `describe` described."""
     reads, writes = (tuple(tuple(row) for row in plain[key]) for key in ("reads", "writes"))
-    return Wiring(plain["widths"], reads, writes, plain["skip"])
+    tied = Tying(**plain["tied"]) if "tied" in plain else None
+    return Wiring(plain["widths"], reads, writes, plain["skip"], tied)
 
 
 def load_dictionary(run_dir: str) -> tuple[Dictionary, Config]:

@@ -11,6 +11,7 @@ Shapes: B tokens, F features of a group on this rank, R / W summed width of site
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,23 +22,33 @@ import torch.nn.functional as nnf
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary import tied
+from xlc_ray.dictionary.features import Chosen, Features
 from xlc_ray.dictionary.gates import Gate, Selected
 from xlc_ray.dictionary.nested import Cuts, decode_parts
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, linear_at, sparse_pays
-from xlc_ray.dictionary.wiring import Spans, Wiring
+from xlc_ray.dictionary.wiring import Spans, Tying, Wiring
 
+GHOST = 30.0  # dead pre-activations beyond this no longer grow under exp, which would overflow
 TILE = 2**23  # pre-activations in a tile: 32 MB
 INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
 
 
 class FeatureGroup(nn.Module):
-    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites."""
+    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites.
 
-    def __init__(self, features: int, read_width: int, write_width: int):
+    With tied decoders W_dec is [F, d], and `feature_scale`, `feature_offset` [F] (or None) belong to the group's own
+    target: see tied.py."""
+
+    feature_scale: nn.Parameter | None
+    feature_offset: nn.Parameter | None
+
+    def __init__(self, features: int, read_width: int, write_width: int, tying: Tying | None):
         super().__init__()
+        self.feature_scale = nn.Parameter(torch.ones(features)) if tying and tying.scale else None
+        self.feature_offset = nn.Parameter(torch.zeros(features)) if tying and tying.offset else None
         self.W_enc = nn.Parameter(torch.empty(features, read_width))
         self.b_enc = nn.Parameter(torch.zeros(features))
         self.W_dec = nn.Parameter(torch.empty(features, write_width))
@@ -59,28 +70,35 @@ class FeatureGroup(nn.Module):
             self.W_enc[lo - first : hi - first] = decoder if tied else nnf.normalize(rows[:, width:], dim=1)
 
     def norms(self) -> Float[Tensor, "F"]:
-        """n_i: norm of each feature's whole decoder row. Its gradient at a zero row is zero."""
+        """Norm of each row of W_dec. Its gradient at a zero row is zero."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    def frozen(self) -> FeatureGroup:
+        """The same group of the same memory, through which no gradient reaches the parameters."""
+        made = copy.copy(self)
+        vars(made)["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
+        return made
 
 
 @dataclass(frozen=True)
 class DeadFeatures:
-    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used."""
+    """`masks[g]` [F]: this rank's dead features; `totals[g]`: those of all ranks; `k`: at most so many are used with
+    max(pre, 0) (AuxK), or None: all are, with exp(pre) (ghost gradients)."""
 
     masks: list[Bool[Tensor, "F"]]
     totals: list[int]
-    k: int
+    k: int | None
 
 
 @dataclass(frozen=True)
 class Encoding:
     """What encoding a batch gives: features, and where asked for all pre-activations [B, F] (with gradient), decoder
-    norms, and the dead features' own activations for AuxK."""
+    norms (without: `decode_all` adds it), and the dead features' own activations for AuxK or ghost gradients."""
 
     features: list[Features]
     pre: list[Tensor] | None
     norms: list[Tensor] | None
-    revived: list[Features] | None
+    revived: Sequence[Features] | None
 
 
 class Dictionary(nn.Module):
@@ -98,7 +116,7 @@ class Dictionary(nn.Module):
         self.wiring, self.sizes, self.gate, self.shards, self.products = wiring, sizes, gate, shards, products
         self.matmul_dtype: torch.dtype | None = None  # bfloat16: dense products under autocast
         self.groups = nn.ModuleList(  # pyrefly: ignore (a sequence of just these)
-            FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.width(wiring.writes[g]))
+            FeatureGroup(hi - lo, wiring.width(wiring.reads[g]), wiring.decoder_width(g), wiring.tied)
             for g, (lo, hi) in enumerate(shards.bounds(n) for n in sizes)
         )
         read, written = wiring.width(wiring.read_sites), wiring.width(wiring.written_sites)
@@ -118,6 +136,16 @@ class Dictionary(nn.Module):
     def is_sharded(self, name: str) -> bool:
         """Whether a parameter (by its name) is split over the ranks of a replica by its first dimension."""
         return name.startswith(("groups.", "gate."))
+
+    def norms(self, g: int) -> Float[Tensor, "F"]:
+        """n_i: norm of each feature's whole decoder row, over all sites that group g writes."""
+        return tied.norms(self.wiring, self.groups, g) if self.wiring.tied else self.groups[g].norms()
+
+    def decoder_rows(self, g: int, site: str) -> Float[Tensor, "F d"]:
+        """What the features of group g write at one of its sites, in the dictionary's units."""
+        if self.wiring.tied:
+            return tied.rows(self.wiring, self.groups, g, site)
+        return self.groups[g].W_dec[:, self.wiring.columns(self.wiring.writes[g])[site]]
 
     # ------------------------------------------------------------ units
 
@@ -147,42 +175,52 @@ class Dictionary(nn.Module):
         if self.training:
             self.gate.start_pass()
         wanted = norms or self.gate.needs_norms
-        lengths = [group.norms() for group in self.groups] if wanted else None
+        with torch.no_grad():
+            lengths = [self.norms(g) for g in range(self.wiring.groups)] if wanted else None
         every = range(self.wiring.groups)
         whole = [self._preactivations(g, x) for g in every] if pre else None
-        rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every} if dead else {}
-        pools = {g: Pool(rivals[g], dead.k) for g in rivals if dead and dead.totals[g] > dead.k}
+        rivals, pools = {}, {}
+        if dead and dead.k is not None:
+            rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every}
+            pools = {g: Pool(rivals[g], dead.k) for g in every if dead.totals[g] > dead.k}
         picked, limits = self._select(x, lengths, list(pools.values()))
         features = [self._features(g, x, picked[g], whole) for g in every]
         revived = None
-        if dead:
+        if dead and dead.k is None:
+            revived = [self._ghosts(g, x, dead.masks[g]) for g in every]
+        elif dead:
             allowed = dict(zip(pools, limits, strict=True))
             revived = [self._revive(g, x, rivals[g], dead.masks[g], allowed.get(g)) for g in every]
         return Encoding(features, whole, lengths, revived)
 
     def decode(self, features: list[Features], x: Float[Tensor, "B R"]) -> Float[Tensor, "B W"]:
         """ŷ in the dictionary's units. `x` is used by skip connections only."""
-        return self.decode_all([features], x)[0]
+        return self.decode_all([features], x)[0][0]
 
     def decode_all(
         self,
-        codes: list[list[Features]],
+        codes: Sequence[Sequence[Features]],
         x: Float[Tensor, "B R"],
+        norms: list[Tensor] | None = None,
         cuts: Cuts | None = None,
-        frozen: Sequence[list[Features]] = (),
-    ) -> list[Float[Tensor, "B W"]]:
-        """Σ_g f_g W_dec_g of each code, then of each `frozen` one (W_dec without gradient), with one all-reduce.
+        frozen: Sequence[Sequence[Features]] = (),
+    ) -> tuple[list[Float[Tensor, "B W"]], list[Tensor] | None]:
+        """Σ_g f_g W_dec_g of each code, then of each `frozen` one (the decoder without gradient), with one all-reduce.
 
         The offset is added to the first only. With `cuts` (nested.py) the first code gives one reconstruction a prefix,
-        of which the last is the whole."""
-        parts = [self._partial(code, cuts=None if i else cuts) for i, code in enumerate(codes)]
-        parts += [self._partial(code, frozen=True) for code in frozen]
-        whole = self.shards.sum(torch.cat(parts) if len(parts) > 1 else parts[0])
+        of which the last is the whole.
+
+        Also the decoder norms of an `Encoding`, now with gradient, which is computed together with that of the first
+        code: a penalty on norms then takes no pass of its own over the weights and their gradient."""
+        first, norms = self._partial(codes[0], norms, cuts)
+        parts = [first, *(self._partial(code)[0] for code in codes[1:])]
+        parts += [self._partial(code, frozen=True)[0] for code in frozen]
+        whole = self.shards.sum(torch.cat(parts) if len(parts) > 1 else first)
         count = len(cuts[0]) if cuts else 1
         each = whole.view(count + len(parts) - 1, x.shape[0], whole.shape[1])
         prefixes = each[:count].cumsum(dim=0) if count > 1 else each[:1]
         offset = self.offset(x)
-        return [*(prefix + offset for prefix in prefixes), *each[count:]]
+        return [*(prefix + offset for prefix in prefixes), *each[count:]], norms
 
     def offset(self, x: Float[Tensor, "B R"]) -> Tensor:
         """What is added to the features' part: b_dec [W], and with skip connections x W_skipᵀ [B, W]."""
@@ -206,7 +244,7 @@ class Dictionary(nn.Module):
         raw = _join(activations, sites, self.b_dec)
         mean, scale = (torch.cat([v[columns[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
         x, group = (raw - mean) / scale, self.groups[g]
-        norms = [each.norms().detach() for each in self.groups] if self.gate.needs_norms else None
+        norms = [self.norms(n).detach() for n in range(len(self.groups))] if self.gate.needs_norms else None
         pre = nnf.linear(x, group.W_enc, group.b_enc)
         tile = Tile(g, 0, x.shape[0], pre.detach)
         picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]
@@ -225,11 +263,14 @@ class Dictionary(nn.Module):
             if site not in sites:
                 continue
             own = self.wiring.columns(sites)[site]
-            out = out + features[g].decode(self.groups[g].W_dec[:, own])
+            if self.wiring.tied:
+                out = out + tied.decode_site(self.wiring, self.groups, g, site, features[g])
+            else:
+                out = out + features[g].decode(self.groups[g].W_dec[:, own])[0]
             if self.wiring.skip:
                 read = self.wiring.columns(self.wiring.read_sites)[self.wiring.reads[g][0]]
                 raw = _join(activations, self.wiring.reads[g], self.b_dec)
-                out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g])
+                out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g][own])
         return out * self.write_scale[here] + self.write_mean[here]
 
     # ------------------------------------------------------------ inside
@@ -253,15 +294,29 @@ class Dictionary(nn.Module):
         return self.gate.select(functools.partial(self._tiles, x), lengths, most, extra)
 
     def _tiles(self, x: Tensor, together: bool) -> Iterator[Tile]:
-        """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group."""
+        """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group. Each is made in the
+        memory of one before it, because paging in fresh memory takes a quarter of the time of the product."""
+        memory: dict[int, Tensor] = {}
         sizes = [group.b_enc.shape[0] for group in self.groups]
         blocks = [range(len(sizes))] if together else [[g] for g in range(len(sizes))]
         for groups in blocks:
             rows = max(1, TILE // sum(sizes[g] for g in groups))
             for first in range(0, max(1, x.shape[0]), rows):  # without tokens: one empty tile
                 for g in groups:
-                    make = functools.partial(self._preactivations, g, x[first : first + rows])
+                    place = g if together else 0
+                    make = functools.partial(self._tile, g, x[first : first + rows], memory, place)
                     yield Tile(g, first, x.shape[0], make)
+
+    def _tile(self, g: int, x: Tensor, memory: dict[int, Tensor], place: int) -> Tensor:
+        """`_preactivations` without gradient, in the memory kept at a place."""
+        group = self.groups[g]
+        if self.matmul_dtype is not None:  # autocast does not write into given memory
+            return self._preactivations(g, x)
+        size = x.shape[0] * group.b_enc.shape[0]
+        if place not in memory or memory[place].numel() < size:
+            memory[place] = group.b_enc.new_empty(size)
+        out = memory[place][:size].view(x.shape[0], group.b_enc.shape[0])
+        return torch.addmm(group.b_enc, _columns(x, self._reads[g]), group.W_enc.T, out=out)
 
     def _features(self, g: int, x: Tensor, picked: Picked | None, whole: list[Tensor] | None) -> Features:
         entries = x.shape[0] * self.groups[g].b_enc.shape[0]
@@ -309,14 +364,32 @@ class Dictionary(nn.Module):
         support, pre = self._entries(g, x, entry, found.pre)
         return Features(pre, pre, support)
 
-    def _partial(self, features: list[Features], cuts: Cuts | None = None, frozen: bool = False) -> Tensor:
-        rows = [group.W_dec.detach() if frozen else group.W_dec for group in self.groups]
+    def _ghosts(self, g: int, x: Tensor, dead: Tensor) -> Chosen:
+        """exp(pre) of dead features."""
+        group, which = self.groups[g], positions(dead)
+        pre = nnf.linear(_columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
+        return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
+
+    def _partial(
+        self,
+        features: Sequence[Features],
+        norms: list[Tensor] | None = None,
+        cuts: Cuts | None = None,
+        frozen: bool = False,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """What this rank's features add to ŷ, and the norms with gradient if given."""
+        groups = [group.frozen() if frozen else group for group in self.groups]
+        width, none = self.b_dec.shape[0], [None] * len(features)
+        if self.wiring.tied:
+            with self._reduced_precision():
+                spans, outs = tied.decode(self.wiring, groups, features, cuts or none)
+            lengths = [self.norms(g) for g in range(len(features))] if norms else None
+            return _AddColumns.apply(width, spans, *outs), lengths
+        each = zip(features, groups, cuts or none, norms or none, strict=True)
         with self._reduced_precision():
-            if cuts:
-                outs = [decode_parts(f, W, stops) for f, W, stops in zip(features, rows, cuts, strict=True)]
-            else:
-                outs = [f.decode(W) for f, W in zip(features, rows, strict=True)]
-        return _AddColumns.apply(self.b_dec.shape[0], self._writes, *outs)
+            made = [decode_parts(f, group.W_dec, stops, n) for f, group, stops, n in each]
+        whole = _AddColumns.apply(width, self._writes, *[y for y, _ in made])
+        return whole, [n for _, n in made if n is not None] if norms else None
 
 
 def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor) -> Tensor:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from xlc_ray.dictionary import sparse
+from xlc_ray.dictionary.selection import positions
 from xlc_ray.dictionary.sparse import Support
 
 
@@ -33,17 +34,21 @@ class Features:
         """f as a matrix."""
         return self.support.dense(self.values) if self.support else self.values
 
-    def decode(self, W_dec: Float[Tensor, "F W"]) -> Float[Tensor, "B W"]:
-        """f W_dec."""
+    def decode(
+        self, W_dec: Float[Tensor, "F W"], norms: Float[Tensor, "F"] | None = None
+    ) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+        """f W_dec, and `norms`, those of its rows, with gradient if they are given (a zero row's is zero)."""
         if self.support:
-            return sparse.decode(self.values, self.support, W_dec)
-        return self.values @ W_dec
+            return sparse.decode(self.values, self.support, W_dec, norms)
+        return self.values @ W_dec, None if norms is None else torch.linalg.vector_norm(W_dec, dim=1)
 
     def total(self, term: Callable[..., Tensor], *per_feature: Float[Tensor, "F"]) -> Float[Tensor, ""]:
         """Σ term(f, pre, *per_feature) over tokens and features; the term must vanish outside the support."""
-        if self.support:
-            per_feature = tuple(p[self.support.feature] for p in per_feature)
-        return term(self.values, self.pre, *per_feature).sum()
+        return term(self.values, self.pre, *map(self.at, per_feature)).sum()
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each feature, where `values` has its entries: [F] where dense, [n] on the support."""
+        return per_feature[self.support.feature] if self.support else per_feature
 
     def l0(self) -> Int[Tensor, "B"]:
         """Active features of each token."""
@@ -58,3 +63,29 @@ class Features:
         if self.support:
             return active.new_zeros(self.shape[1], dtype=torch.int64).index_add(0, self.support.feature, active.long())
         return active.sum(dim=0)
+
+    def entries(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """Token, feature and f of every active entry (f ≠ 0), by token and then by feature."""
+        if self.support:
+            which = positions(self.values != 0)
+            return self.support.token[which], self.support.feature[which], self.values[which]
+        which = positions(self.values != 0)
+        return which // self.shape[1], which % self.shape[1], self.values.flatten()[which]
+
+
+@dataclass(frozen=True)
+class Chosen(Features):
+    """Features of which only some are computed, densely: `values`, `pre` [B, n] of the features `which` [n]."""
+
+    which: Int[Tensor, "n"] = field(kw_only=True)
+
+    def decode(
+        self, W_dec: Float[Tensor, "F W"], norms: Float[Tensor, "F"] | None = None
+    ) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+        """f W_dec over those features."""
+        assert norms is None, "norms belong to the whole code"
+        return self.values @ W_dec[self.which], None
+
+    def at(self, per_feature: Float[Tensor, "F"]) -> Tensor:
+        """A number of each of those features: [n]."""
+        return per_feature[self.which]

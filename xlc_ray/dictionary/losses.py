@@ -8,6 +8,7 @@
                     (Rajamanoharan et al. 2024)
     preactivation   (1/B) Σ ReLU(θ - pre) n
     auxk            ‖e - ê‖² as reconstruction, e = y - ŷ detached, ê of dead features  (Gao et al. 2024)
+    ghost           r ‖e - s ĝ‖² as reconstruction, ĝ of exp(pre) of dead features, s and r below (Anthropic, 2024)
 
 A term over features is this rank's part: the parts of all ranks of a replica add up to the loss.
 """
@@ -36,8 +37,15 @@ def reconstruction(
     y_hat: Float[Tensor, "B W"], y: Float[Tensor, "B W"], weights: Float[Tensor, "W"] | None
 ) -> Float[Tensor, ""]:
     """(1/B) Σ_b Σ_w weight_w (y - ŷ)²; `weights` None = all ones."""
+    return by_token(y_hat, y, weights).sum() / y.shape[0]
+
+
+def by_token(
+    y_hat: Float[Tensor, "B W"], y: Float[Tensor, "B W"], weights: Float[Tensor, "W"] | None
+) -> Float[Tensor, "B"]:
+    """Σ_w weight_w (y - ŷ)² of each token."""
     square = (y_hat - y).square()
-    return (square if weights is None else square * weights).sum() / y.shape[0]
+    return (square if weights is None else square * weights).sum(dim=1)
 
 
 def of_prefixes(
@@ -116,3 +124,19 @@ def auxk(
 ) -> Float[Tensor, ""]:
     """‖e - ê‖² at the scale of `reconstruction`; e is detached here, ê is without bias and already scaled."""
     return reconstruction(error_hat, error.detach(), weights)
+
+
+def ghost(
+    ghost_hat: Float[Tensor, "B W"], error: Float[Tensor, "B W"], weights: Float[Tensor, "W"] | None
+) -> Float[Tensor, ""]:
+    """(1/B) Σ_b r_b ‖e_b - s_b ĝ_b‖², with s_b = ‖e_b‖ / (2 ‖ĝ_b‖) and r_b = ‖e_b‖² / ‖e_b - s_b ĝ_b‖² held constant.
+
+    ĝ = Σ exp(pre) W_dec over dead features, without bias. The value is that of `reconstruction`; only its gradient says
+    something. (Ghost gradients, Anthropic's circuits updates of January 2024. Both factors are a token's own here, so
+    that neither micro-batches nor replicas change them.)"""
+    e, tiny = error.detach(), torch.finfo(error.dtype).tiny
+    with torch.no_grad():
+        lengths = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (e, ghost_hat)]
+        scale = lengths[0] / (2 * lengths[1]).clamp(min=tiny)
+    own = by_token(scale * ghost_hat, e, weights)
+    return (by_token(torch.zeros_like(e), e, weights) / own.detach().clamp(min=tiny) * own).sum() / e.shape[0]

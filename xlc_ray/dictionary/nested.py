@@ -38,12 +38,17 @@ def cuts(prefixes: Sequence[float], sizes: Sequence[int], shards: Shards) -> Cut
     return found
 
 
-def decode_parts(f: Features, W_dec: Float[Tensor, "F W"], stops: list[int]) -> Float[Tensor, "PB W"]:
-    """f W_dec of each part, one below the other: P parts of B tokens each."""
+def decode_parts(
+    f: Features, W_dec: Float[Tensor, "F W"], stops: list[int] | None, norms: Float[Tensor, "F"] | None = None
+) -> tuple[Float[Tensor, "PB W"], Float[Tensor, "F"] | None]:
+    """`Features.decode` of each part, one below the other: P parts of B tokens each. `stops` None: the whole."""
+    if stops is None:
+        return f.decode(W_dec, norms)
     if f.support is None:
         starts = [0, *stops[:-1]]
-        return torch.cat([f.values[:, a:b] @ W_dec[a:b] for a, b in zip(starts, stops, strict=True)])
-    return _by_part(f, f.support, stops).decode(W_dec)
+        y = torch.cat([f.values[:, a:b] @ W_dec[a:b] for a, b in zip(starts, stops, strict=True)])
+        return y, None if norms is None else torch.linalg.vector_norm(W_dec, dim=1)
+    return _by_part(f, f.support, stops).decode(W_dec, norms)
 
 
 def _by_part(f: Features, support: Support, stops: list[int]) -> Features:

@@ -20,8 +20,8 @@ from xlc_ray.dictionary.shards import Limit, Pool, Shards, largest
 
 LEAST = 2.0**-126
 """The least score that can win a place: features are max(pre, 0)."""
-SLACK = 4
-"""Candidates of a batch are thinned out when there are so many times the places."""
+SLACK = 5
+"""Candidates of a batch are thinned out when there are so many times the places: n tiles alike leave ln n times."""
 
 
 @dataclass
@@ -154,17 +154,22 @@ def best_of_batch(
 ) -> tuple[dict[int, Picked], list[Limit], list[Limit]]:
     """The `places` best positive scores of the global batch: of each group, or of all groups together (`shared`)."""
     contests: list[dict[int, list[Picked]]] = []
-    lower = LEAST
+    best, lower = None, LEAST
     for tile in tiles(False):
         if not contests or not (shared or tile.g in contests[-1]):
             contests.append({})
-            lower = LEAST
+            best, lower = None, LEAST
         scores = score(tile)
-        if not contests[-1] and scores.numel() > places:  # what is not among the best of a part is not of the whole
+        if best is None and scores.numel() > places:
             lower = max(LEAST, float(largest(scores.reshape(1, -1), places).amin()))
-        contests[-1].setdefault(tile.g, []).append(take(tile, scores, scores >= lower))
+        found = take(tile, scores, scores >= lower)
+        contests[-1].setdefault(tile.g, []).append(found)
+        best = found.score if best is None else torch.cat([best, found.score])
+        if best.numel() > places:  # what is not among the best of a part is not of the whole
+            best = largest(best.unsqueeze(0), places).squeeze(0)
+            lower = float(best.amin())
         if sum(p.entry.numel() for parts in contests[-1].values() for p in parts) > SLACK * places:
-            lower = _thin(contests[-1], places)
+            _thin(contests[-1], lower)
     joined = [{g: Picked.join(parts) for g, parts in found.items()} for found in contests]
     pools = [Pool(torch.cat([p.score for p in c.values()]).unsqueeze(0), places, whole_batch=True) for c in joined]
     limits = shards.kth_largest(pools + extra)
@@ -173,13 +178,10 @@ def best_of_batch(
     return {g: p for found in joined for g, p in found.items()}, limits[: len(pools)], limits[len(pools) :]
 
 
-def _thin(found: dict[int, list[Picked]], places: int) -> float:
-    """Drop what cannot win any more; returns the score to beat from here on."""
-    scores = torch.cat([p.score for parts in found.values() for p in parts])
-    least = float(largest(scores.unsqueeze(0), places).amin())
+def _thin(found: dict[int, list[Picked]], least: float) -> None:
+    """Drop what cannot win any more."""
     for g, parts in found.items():
         found[g] = [p.where(p.score >= least) for p in parts]
-    return least
 
 
 # ---------------------------------------------------------------- the cut

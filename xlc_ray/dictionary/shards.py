@@ -82,6 +82,18 @@ class Shards:
             dist.all_reduce(values, group=self.replica_group)
             values /= self.replicas
 
+    def of_first_rank(self, values: Tensor) -> Tensor:
+        """The first rank's values, on every rank."""
+        if self.everyone is not None:
+            dist.broadcast(values, src=0, group=self.everyone)
+        return values
+
+    def of_first_replica(self, values: Tensor) -> Tensor:
+        """The first replica's values, on the ranks that hold the same features."""
+        if self.replica_group is not None:
+            dist.broadcast(values, src=dist.get_global_rank(self.replica_group, 0), group=self.replica_group)
+        return values
+
     def kth_largest(self, pools: list[Pool]) -> list[Limit]:
         """For each pool: its k-th largest value over all ranks, and how many values equal to it this rank may keep.
 

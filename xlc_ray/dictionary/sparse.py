@@ -3,11 +3,12 @@
 A *support* lists the entries (token, feature) at which a feature or its gradient may differ from zero, by token and
 then by feature. With f the values there, W_dec [F, W], x [B, R] and g = ∂loss/∂ŷ:
 
-    decode     ŷ  = f W_dec            ∂f = (g W_decᵀ) at the support      ∂W_dec = fᵀ g
+    decode     ŷ  = f W_dec            ∂f = (g W_decᵀ) at the support      ∂W_dec = fᵀ g (+ ∂n / n · W_dec)
     encode_at  f  = (x W_encᵀ + b) at the support                          ∂W_enc = (∂f)ᵀ x
 
-so that nothing of size [B, F] is made. Inputs are data: no gradient to x is computed. ∂f is `xlc::dots`, all else is
-`xlc::combine`, over tokens or over features; both are in `kernels/`.
+so that nothing of size [B, F] is made. n, the norms of the rows of W_dec, have their gradient ∂n added where ∂W_dec is
+written: a penalty on norms needs no other pass over weights and gradients. Inputs are data: no gradient to x is
+computed. ∂f is `xlc::dots`, all else is `xlc::combine`, over tokens or over features; both are in `kernels/`.
 """
 
 # Annotations are not postponed here: torch.library reads the types, also through the wrappers of the test run.
@@ -69,11 +70,20 @@ def _starts(ascending: Int[Tensor, "n"], size: int) -> Int[Tensor, "size1"]:
     return torch.searchsorted(ascending, torch.arange(size + 1, device=ascending.device))
 
 
-def decode(values: Float[Tensor, "n"], support: Support, W_dec: Float[Tensor, "F W"]) -> Float[Tensor, "B W"]:
-    """ŷ = f W_dec over the support only. Gradients to the values and to W_dec."""
+def decode(
+    values: Float[Tensor, "n"],
+    support: Support,
+    W_dec: Float[Tensor, "F W"],
+    norms: Float[Tensor, "F"] | None = None,
+) -> tuple[Float[Tensor, "B W"], Float[Tensor, "F"] | None]:
+    """ŷ = f W_dec over the support only, and `norms`, which are known to be those of the rows of W_dec.
+
+    Gradients to the values and, from both results, to W_dec."""
     if torch.is_grad_enabled() and (values.requires_grad or W_dec.requires_grad):
-        return _decode(values, W_dec, support.by_token, support.token, support.feature, *support.by_feature)
-    return combine(support.by_token, support.feature, values, W_dec)
+        index = (support.by_token, support.token, support.feature, *support.by_feature)
+        y, same = _decode(values, W_dec, *index, norms)
+        return y, None if norms is None else same
+    return combine(support.by_token, support.feature, values, W_dec), norms
 
 
 def encode_at(
@@ -109,28 +119,31 @@ def _decode(
     order: Tensor,
     by_feature: Tensor,
     token_of: Tensor,
-) -> Tensor:
-    return combine(by_token, feature, values, W_dec)
+    norms: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return combine(by_token, feature, values, W_dec), W_dec.new_empty(0) if norms is None else norms.clone()
 
 
 @_decode.register_fake
-def _(values, W_dec, by_token, token, feature, order, by_feature, token_of):
-    return W_dec.new_empty(by_token.shape[0] - 1, W_dec.shape[1])
+def _(values, W_dec, by_token, token, feature, order, by_feature, token_of, norms):
+    y = W_dec.new_empty(by_token.shape[0] - 1, W_dec.shape[1])
+    return y, W_dec.new_empty(0) if norms is None else torch.empty_like(norms)
 
 
 def _decode_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _decode_backward(ctx, grad):
-    values, W_dec, by_token, token, feature, order, by_feature, token_of = ctx.saved_tensors
+def _decode_backward(ctx, grad, grad_norms):
+    values, W_dec, by_token, token, feature, order, by_feature, token_of, norms = ctx.saved_tensors
     grad = grad.contiguous()  # a slice of the gradient to all columns, as a rule: copied once, not by each product
     d_values = d_weights = None
     if ctx.needs_input_grad[0]:
         d_values = dots(grad, W_dec, by_token, token, feature)
     if ctx.needs_input_grad[1]:
-        d_weights = _weight_gradient(W_dec, by_feature, token_of, values[order], grad)
-    return d_values, d_weights, None, None, None, None, None, None
+        pull = None if norms is None else (grad_norms / norms).where(norms > 0, 0)  # of a zero row: 0
+        d_weights = _weight_gradient(W_dec, by_feature, token_of, values[order], grad, pull)
+    return d_values, d_weights, None, None, None, None, None, None, None
 
 
 _decode.register_autograd(_decode_backward, setup_context=_decode_context)
@@ -167,10 +180,12 @@ def _encode_at_backward(ctx, grad):
 _encode_at.register_autograd(_encode_at_backward, setup_context=_encode_at_context)
 
 
-def _weight_gradient(weight: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """`combine` in the memory of the weight's last gradient."""
+def _weight_gradient(
+    weight: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor, pull: Tensor | None = None
+) -> Tensor:
+    """`combine` (+ pull · weight) in the memory of the weight's last gradient."""
     out = gradient_memory(weight)
-    combine_into(out, starts, index, values, rows)
+    combine_into(out, starts, index, values, rows, pull, None if pull is None else weight)
     return out
 
 

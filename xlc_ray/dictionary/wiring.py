@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from xlc_ray.config import UserError
 
@@ -19,16 +20,28 @@ Spans = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
+class Tying:
+    """Which decoders are one and the same (tied.py): `by` source group or by target site; and whether each target has
+    its own scale and offset of every feature."""
+
+    by: Literal["per_source", "per_target"]
+    scale: bool
+    offset: bool
+
+
+@dataclass(frozen=True)
 class Wiring:
     """Sites with their widths, and a row of read and of written sites for each feature group.
 
-    `skip` adds a linear path from what a group reads to what it writes (one read and one written site a group).
+    `skip` adds a linear path from what a group reads (one site) to what it writes. `tied` makes groups or sites share
+    decoders: then group t belongs to written site t, and all written sites are of one width.
     """
 
     widths: Mapping[str, int]
     reads: tuple[Sites, ...]
     writes: tuple[Sites, ...]
     skip: bool = False
+    tied: Tying | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", MappingProxyType(dict(self.widths)))
@@ -40,11 +53,15 @@ class Wiring:
                     raise ValueError(f"{name}[{g}] must name one or more distinct sites, not {row}")
                 if unknown := [s for s in row if s not in self.widths]:
                     raise ValueError(f"{name}[{g}]: no width for {unknown[0]}")
-        if self.skip and any(len(r) != 1 or len(w) != 1 for r, w in zip(self.reads, self.writes, strict=True)):
-            raise ValueError("a skip connection needs one read and one written site a group")
+        if self.skip and any(len(r) != 1 for r in self.reads):
+            raise ValueError("a skip connection needs one read site a group")
+        if self.tied and (
+            self.groups != len(self.written_sites) or len({self.widths[s] for s in self.written_sites}) > 1
+        ):
+            raise ValueError("tied decoders need as many groups as written sites, and those of one width")
 
     def __reduce__(self):  # a mapping proxy does not pickle
-        return Wiring, (dict(self.widths), self.reads, self.writes, self.skip)
+        return Wiring, (dict(self.widths), self.reads, self.writes, self.skip, self.tied)
 
     @property
     def groups(self) -> int:
@@ -77,6 +94,10 @@ class Wiring:
     def width(self, sites: Sites) -> int:
         """Summed width of some sites."""
         return sum(self.widths[s] for s in sites)
+
+    def decoder_width(self, g: int) -> int:
+        """Columns of the decoder that group g stores."""
+        return self.widths[self.written_sites[g]] if self.tied else self.width(self.writes[g])
 
     def read_spans(self, g: int) -> Spans:
         """Columns of x that group g reads: as few slices as possible."""

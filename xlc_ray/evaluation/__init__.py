@@ -1,9 +1,19 @@
 """What a trained dictionary is worth: reconstruction, the replacement model, and a report of both. No cluster here."""
 
+from xlc_ray.evaluation.compare import compare, comparison_table
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import evaluate_replacement
 from xlc_ray.evaluation.report import write_report
-from xlc_ray.evaluation.run import evaluate
+from xlc_ray.evaluation.run import evaluate, measure
 from xlc_ray.evaluation.table import table
 
-__all__ = ["evaluate", "evaluate_reconstruction", "evaluate_replacement", "table", "write_report"]
+__all__ = [
+    "compare",
+    "comparison_table",
+    "evaluate",
+    "evaluate_reconstruction",
+    "evaluate_replacement",
+    "measure",
+    "table",
+    "write_report",
+]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xlc_ray.config import UserError
-from xlc_ray.dictionary import Dictionary
+from xlc_ray.dictionary import Dictionary, Features
 from xlc_ray.evaluation.metrics import ReconstructionMetrics
 
 
+class Watch(Protocol):
+    """Whatever else is accumulated in the same pass."""
+
+    def update(self, raw: dict[str, Tensor], raw_hat: dict[str, Tensor], features: list[Features]) -> None:
+        """Add a batch: site → [B, d] in raw units, reconstructions of the written ones, features of each group."""
+
+
 @torch.no_grad()
-def evaluate_reconstruction(dictionary: Dictionary, batches: Iterable[dict[str, Tensor]]) -> ReconstructionMetrics:
-    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units.
+def evaluate_reconstruction(
+    dictionary: Dictionary, batches: Iterable[dict[str, Tensor]], watches: Sequence[Watch] = ()
+) -> ReconstructionMetrics:
+    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too.
 
     The dictionary is measured in its inference form and left as it was found. Raises UserError where there is no row,
     or where a site or its reconstruction is not finite.
@@ -29,7 +39,10 @@ def evaluate_reconstruction(dictionary: Dictionary, batches: Iterable[dict[str, 
         x, y = dictionary.normalize_inputs(batch), dictionary.normalize_targets(batch)
         features = dictionary.encode(x)
         y_hat = dictionary.decode(features, x)
-        metrics.update(batch, dictionary.denormalize(y_hat), y, y_hat, [f.count() for f in features])
+        raw_hat = dictionary.denormalize(y_hat)
+        metrics.update(batch, raw_hat, y, y_hat, [f.count() for f in features])
+        for watch in watches:
+            watch.update(batch, raw_hat, features)
     dictionary.train(was_training)
     _check(metrics)
     return metrics

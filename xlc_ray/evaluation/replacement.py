@@ -84,8 +84,12 @@ def forward(model: LanguageModel, batch: Batch, visits: Mapping[str, Visit]) -> 
     return logits  # noqa: RET504 (a traced block cannot return)
 
 
-def replace_all(dictionary: Dictionary, keep: Tensor) -> dict[str, Visit]:
-    """Visits that make the replacement model: groups encode the modified stream and write into it, layer by layer."""
+def replace_all(
+    dictionary: Dictionary, keep: Tensor, edit: Callable[[int, Features], Features] = lambda g, features: features
+) -> dict[str, Visit]:
+    """Visits that make the replacement model: groups encode the modified stream and write into it, layer by layer.
+
+    `edit` sees each group's features and returns those to write."""
     wiring = dictionary.wiring
     inputs: dict[str, Tensor] = {}
     features: dict[int, Features] = {}
@@ -95,7 +99,7 @@ def replace_all(dictionary: Dictionary, keep: Tensor) -> dict[str, Visit]:
         inputs[site] = value[keep].float()
         for g, last in enumerate(completes):
             if last == site:
-                features[g] = dictionary.encode_group(g, {s: inputs[s] for s in wiring.reads[g]})
+                features[g] = edit(g, dictionary.encode_group(g, {s: inputs[s] for s in wiring.reads[g]}))
         writers = [g for g, writes in enumerate(wiring.writes) if site in writes]
         if not writers:
             return None

@@ -78,7 +78,7 @@ def _header(title: str, config: Config, lines: Sequence[dict[str, Any]], evaluat
         ("Gate", f"{gate.kind}{k}"),
         ("Normalisation", dictionary.normalization.kind),
         ("Trained on", f"{trained:,} tokens" if lines else "n/a"),
-        ("Text", _short(config.text.dataset)),
+        ("Text", " + ".join(_short(str(part.dataset)) for part in config.text.parts())),
         ("Evaluated on", f"{evaluation['tokens']:,} held-out tokens"),
     )
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)

@@ -1,10 +1,12 @@
-"""The evaluation of one dictionary on held-out activations and text: what stands in eval.json."""
+"""The evaluation of one dictionary on held-out activations and text: eval.json, eval_core.json, features.parquet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -12,19 +14,42 @@ from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.store import Store, decode
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
+from xlc_ray.evaluation.ablation import ablate_features, sample_features
+from xlc_ray.evaluation.core import CoreWatch, core_metrics
+from xlc_ray.evaluation.features import FeatureWatch, feature_table
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import Batch, evaluate_replacement, prepare
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one evaluation found."""
+
+    evaluation: dict[str, Any]
+    """eval.json."""
+    core: dict[str, Any]
+    """eval_core.json: see core.py."""
+    features: pa.Table
+    """features.parquet: see features.py."""
 
 
 def evaluate(
     dictionary: Dictionary, config: Config, held_out_store: Store, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Measure a dictionary on held-out tokens: reconstruction, then the replacement model.
+    """What stands in eval.json: see `measure`."""
+    return measure(dictionary, config, held_out_store, device).evaluation
 
-    Returns the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes, features,
-    l0, dead_features), `feature_density` and `replacement` (None where evaluate.windows is 0; then ce_recovered, kl and
-    top1_agreement are None too). The dictionary moves to `device` and is left in its inference form. Raises UserError
-    where the store lacks a site that the dictionary reads or writes, or the text that is to be read.
+
+def measure(
+    dictionary: Dictionary, config: Config, held_out_store: Store, device: str | torch.device = "cpu"
+) -> Measurement:
+    """Measure a dictionary on held-out tokens: reconstruction and features in one pass, then the replacement model.
+
+    eval.json holds the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes,
+    features, l0, dead_features), `feature_density`, `replacement` (None where evaluate.windows is 0; then ce_recovered,
+    kl and top1_agreement are None too) and `ablated_features` (see ablation.py; empty where evaluate.ablate_features is
+    0). The dictionary moves to `device` and is left in its inference form. Raises UserError where the store lacks a
+    site that the dictionary reads or writes, or the text that is to be read.
     """
     settings, wiring = config.evaluate, dictionary.wiring
     if lacking := [site for site in wiring.sites if site not in held_out_store.manifest.sites]:
@@ -32,15 +57,47 @@ def evaluate(
         raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
     if settings.windows and held_out_store.manifest.fingerprint is None:
         raise UserError(f"evaluate.windows: {held_out_store.path} does not know the text of its rows; allowed: 0")
+    if settings.ablate_features and not settings.windows:
+        raise UserError("evaluate.ablate_features: needs the replacement model; set evaluate.windows to more than 0")
     dictionary = dictionary.to(device).eval()
+    watch = FeatureWatch.empty(list(dictionary.sizes))
+    core = CoreWatch.empty({site: wiring.widths[site] for site in wiring.written_sites})
     batches = held_out_batches(held_out_store, wiring.sites, settings.batch_tokens, settings.tokens)
-    found = evaluate_reconstruction(dictionary, batches).compute()
-    replacement = None
-    if settings.windows:
-        model = LanguageModel(config.model, device)
-        windows = held_out_windows(held_out_store, settings.batch_windows, settings.windows, device)
-        replacement = evaluate_replacement(dictionary, model, windows)
-    wires = zip(found["groups"], wiring.reads, wiring.writes, strict=True)
+    metrics = evaluate_reconstruction(dictionary, batches, [watch, core])
+    replacement, ablated = _predictions(dictionary, config, held_out_store, watch, device)
+    return Measurement(
+        _evaluation(dictionary, metrics.compute(), replacement, ablated),
+        core_metrics(dictionary, core, watch.groups, replacement),
+        feature_table(dictionary, watch, metrics.sites),
+    )
+
+
+def _predictions(
+    dictionary: Dictionary, config: Config, store: Store, watch: FeatureWatch, device: str | torch.device
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The replacement model's scores, and the effects of single features if asked for."""
+    settings = config.evaluate
+    if not settings.windows:
+        return None, []
+    model = LanguageModel(config.model, device)
+
+    def windows() -> Iterator[Batch]:
+        return held_out_windows(store, settings.batch_windows, settings.windows, device)
+
+    replacement = evaluate_replacement(dictionary, model, windows())
+    if not settings.ablate_features:
+        return replacement, []
+    chosen = sample_features(watch.groups, settings.ablate_features, config.seed)
+    return replacement, ablate_features(dictionary, model, windows(), chosen).compute()
+
+
+def _evaluation(
+    dictionary: Dictionary,
+    found: dict[str, Any],
+    replacement: dict[str, Any] | None,
+    ablated: list[dict[str, Any]],
+) -> dict[str, Any]:
+    wires = zip(found["groups"], dictionary.wiring.reads, dictionary.wiring.writes, strict=True)
     whole = replacement["all"] if replacement else {}
     headline = {name: found.pop(name) for name in ("explained_variance", "fvu", "l0", "dead_features")}
     return {
@@ -49,6 +106,7 @@ def evaluate(
         **found,
         "groups": [{"reads": list(reads), "writes": list(writes), **group} for group, reads, writes in wires],
         "replacement": replacement,
+        "ablated_features": ablated,
     }
 
 

@@ -30,6 +30,9 @@ MEANINGS = {
     "top1_agreement": "tokens whose most likely next token is unchanged",
 }
 
+SHOWN = 5
+"""Ablated features in the table; all are in eval.json."""
+
 
 def show(name: str, value: float | None) -> str:
     """A metric's value as text; "n/a" where it has none."""
@@ -47,6 +50,8 @@ def table(evaluation: dict[str, Any]) -> str:
         lines.append(_row(site, wide, found, scores))
     if replacement:
         lines.append(_row("all at once", wide, evaluation, replacement["all"]))
+    if evaluation["ablated_features"]:
+        lines += ["", *_ablated(evaluation["ablated_features"])]
     lines += ["", _caption(evaluation)]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -55,6 +60,14 @@ def _row(name: str, wide: int, found: dict[str, Any], scores: dict[str, Any]) ->
     columns = (("explained_variance", 11, found), ("cosine_similarity", 9, found), ("ce_recovered", 11, scores),
                ("kl", 9, scores), ("top1_agreement", 8, scores))  # fmt: skip
     return f"{name:<{wide}}" + "".join(f"{show(key, row.get(key)):>{width}}" for key, width, row in columns)
+
+
+def _ablated(features: list[dict[str, Any]]) -> list[str]:
+    """The few features that the predictions miss most."""
+    lines = [f"{len(features)} features zeroed one at a time in the replacement model; nats a token, greatest first:"]
+    for one in features[:SHOWN]:
+        lines.append(f"group {one['group']} feature {one['feature']:<9}{one['delta_ce']:>+11.6f}  kl {one['kl']:.6f}")
+    return lines
 
 
 def _caption(evaluation: dict[str, Any]) -> str:

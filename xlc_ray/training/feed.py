@@ -1,4 +1,8 @@
-"""One batch for all ranks of a replica: the leader reads, the others receive. The only function that knows it."""
+"""One batch for all ranks of a replica, on their device: the leader reads, the others receive. The only place that
+knows it.
+
+On a GPU a batch leaves pinned memory, in the dtype of the store, on a stream of its own while the step before it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,62 @@ from torch import Tensor
 
 from xlc_ray.dictionary import Shards
 
+Batches = Iterator[Mapping[str, Tensor]]
+
 
 def shared(
-    read: Callable[[], Iterator[Mapping[str, Tensor]]],
+    read: Callable[[], Batches],
     count: int,
     widths: Mapping[str, int],
     rows: int,
     dtype: torch.dtype,
     shards: Shards,
-) -> Iterator[Mapping[str, Tensor]]:
-    """`count` batches (site → [rows, width]), equal on all ranks of a replica.
+    device: torch.device,
+) -> Batches:
+    """`count` batches (site → [rows, width], float32, on `device`), equal on all ranks of a replica.
 
     `read` is called on the leader only. `dtype` is the store's: what was stored in it loses nothing on the way. The
     number of batches is known to all, so no stop flag travels.
     """
-    if shards.group is None:
+    if shards.group is None and device.type == "cpu":
         yield from read()
         return
-    source = dist.get_global_rank(shards.group, 0)
-    batches = read() if shards.rank == 0 else None
-    buffer = torch.empty(rows, sum(widths.values()), dtype=dtype)
-    for _ in range(count):
-        if batches is not None:
-            batch = next(batches)
-            torch.cat([batch[s].to(dtype) for s in widths], dim=1, out=buffer)
-        dist.broadcast(buffer.view(torch.uint8), src=source, group=shards.group)
-        parts = buffer.float().split(list(widths.values()), dim=1)
+    leads = shards.group is None or shards.rank == 0
+    batches = read() if leads else None
+    source = None if shards.group is None else dist.get_global_rank(shards.group, 0)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead: Tensor | None = None
+    for i in range(count):
+        now = _next(batches, widths, rows, dtype, shards, source, device, side) if ahead is None else ahead
+        ahead = None
+        if side is not None:
+            torch.cuda.current_stream(device).wait_stream(side)
+            now.record_stream(torch.cuda.current_stream(device))
+            if i + 1 < count:
+                ahead = _next(batches, widths, rows, dtype, shards, source, device, side)
+        parts = now.float().split(list(widths.values()), dim=1)
         yield dict(zip(widths, parts, strict=True))
+
+
+def _next(
+    batches: Batches | None,
+    widths: Mapping[str, int],
+    rows: int,
+    dtype: torch.dtype,
+    shards: Shards,
+    source: int | None,
+    device: torch.device,
+    side: torch.cuda.Stream | None,
+) -> Tensor:
+    """The next batch, its sites side by side, on the device; copied and sent on the stream `side`."""
+    with torch.cuda.stream(side):
+        if batches is None:
+            buffer = torch.empty(rows, sum(widths.values()), dtype=dtype, device=device)
+        else:
+            batch = next(batches)
+            buffer = torch.cat([batch[s].to(dtype) for s in widths], dim=1)
+            if side is not None:
+                buffer = buffer.pin_memory().to(device, non_blocking=True)
+        if source is not None:
+            dist.broadcast(buffer.view(torch.uint8), src=source, group=shards.group)
+        return buffer

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlc_ray.config import Config
+from xlc_ray.config import Config, UserError
 from xlc_ray.config.training import Sparsity
-from xlc_ray.dictionary import checkpoint, losses, nested
+from xlc_ray.dictionary import checkpoint, connection, losses, nested
 from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
 from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.recycling import forget_gradients
-from xlc_ray.training.schedules import factor
+from xlc_ray.training import optimizers
+from xlc_ray.training.schedules import factor, rewarmed
 
 Batch = Mapping[str, Tensor]
 Terms = dict[str, tuple[float, Tensor, bool]]
@@ -43,11 +43,8 @@ class Learner:
         dictionary.matmul_dtype = torch.bfloat16 if train.precision == "bfloat16" else None
         self.device = dictionary.b_dec.device
         self.parameters = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
-        options = {"lr": train.lr, "betas": train.optimizer.betas, "eps": train.optimizer.eps}
-        kind = torch.optim.AdamW if train.optimizer.kind == "adamw" else torch.optim.Adam
-        self.optimizer: Any = kind(  # torch declares no `grad_scale`, which its own GradScaler sets
-            self.parameters.values(), weight_decay=train.optimizer.weight_decay, fused=True, **options
-        )
+        self.optimizer = optimizers.make(train, self.parameters.values())
+        self.shrink: float | None = None
         self.silent = [torch.zeros_like(g.b_enc, dtype=torch.int64) for g in dictionary.groups]
         self.dead_totals = [0] * len(self.silent)
         self.step = 0
@@ -57,6 +54,7 @@ class Learner:
         self.auxk = train.loss.auxk.k or max(1, max(widths) // 2) if train.loss.auxk else 0
         prefixes = train.loss.matryoshka.prefixes if train.loss.matryoshka else ()
         self.cuts = nested.cuts(prefixes, dictionary.sizes, self.shards) if prefixes else None
+        self.others = connection.others(dictionary, train.loss.connection.run) if train.loss.connection else {}
 
     # ------------------------------------------------------------ a step
 
@@ -73,6 +71,9 @@ class Learner:
             cut = slice(rows * i // parts, rows * (i + 1) // parts)
             micro = {site: values[cut] for site, values in batch.items()}
             metrics = self._micro_step(micro, fired, measure, metrics)
+        if of_weights := self._weight_terms():
+            torch.stack([weight * term for weight, term, _ in of_weights.values()]).sum().backward()
+            metrics |= _named(of_weights) if measure else {}
         self._mean_over_replicas(fired)
         self._count_silence(fired, rows * self.shards.replicas)
         norm = self._finish_gradients()
@@ -87,17 +88,18 @@ class Learner:
 
     def lr(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
-        return self.config.train.lr * factor(self.config.train.lr_schedule, step, self.config.train.steps)
+        train = self.config.train
+        return train.lr * factor(train.lr_schedule, step, train.steps) * rewarmed(train.resample, step, train.steps)
 
     def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
         code = d.analyse(x, self._dead(), self._needs_norms(), self._needs_pre())
         codes = [code.features] + ([code.revived] if code.revived else [])
-        found = d.decode_all(codes, x, self.cuts, self._frozen(code))
-        prefixes, others = (found[: (n := len(self.cuts[0]) if self.cuts else 1)], found[n:])
-        y_hat = prefixes[-1]
-        terms = self._terms(code, prefixes, y, x, others)
+        found, norms = d.decode_all(codes, x, code.norms, self.cuts, self._frozen(code))
+        count = len(self.cuts[0]) if self.cuts else 1
+        y_hat = found[count - 1]
+        terms = self._terms(code, norms, found[:count], found[count:], x, y)
         weighted = sum(weight * term for weight, term, _ in terms.values())
         # Exactly 1, or NaN where an input is not finite: such a row may win no place and would else leave no trace.
         sound = 1 + 0 * x.sum()
@@ -110,34 +112,44 @@ class Learner:
             now = self._measure(code, terms, y_hat, y)
             return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
 
-    def _terms(self, code: Encoding, prefixes: list[Tensor], y: Tensor, x: Tensor, others: list[Tensor]) -> Terms:
+    def _terms(
+        self,
+        code: Encoding,
+        norms: list[Tensor] | None,
+        prefixes: list[Tensor],
+        others: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+    ) -> Terms:
         """Name → (weight, term, whether it is this rank's part of a sum over ranks).
 
-        `prefixes`: the reconstructions, of which the last is the whole; `others`: what AuxK and the gate's auxiliary
-        loss need, in that order, where they are there."""
-        loss, d, y_hat = self.config.train.loss, self.dictionary, prefixes[-1]
+        `prefixes`: the reconstructions, of which the last is the whole; `others`: what dead features and the gate's
+        auxiliary loss give, in that order, where they are there."""
+        loss, d, error = self.config.train.loss, self.dictionary, y - prefixes[-1]
         if loss.matryoshka:
             fit = losses.of_prefixes(prefixes, y, self.weights, loss.matryoshka.combine == "mean")
         else:
-            fit = losses.reconstruction(y_hat, y, self.weights)
+            fit = losses.reconstruction(prefixes[-1], y, self.weights)
         terms = {"reconstruction": (1.0, fit, False)}
         if (s := loss.sparsity) is not None:
             weight = s.coefficient * factor(s.schedule, self.step, self.config.train.steps)
-            terms["sparsity"] = (weight, self._sparsity(code, s), s.target_l0 is None)
+            terms["sparsity"] = (weight, self._sparsity(code, norms, s), s.target_l0 is None)
         if loss.preactivation:
             assert code.pre is not None
-            assert code.norms is not None
-            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, code.norms), True)
+            assert norms is not None
+            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, norms), True)
         if code.revived and loss.auxk:
             dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
-            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(others[0], y - y_hat, self.weights), False)
+            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(others[0], error, self.weights), False)
+        if code.revived and loss.ghost:
+            terms["ghost"] = (loss.ghost.coefficient, losses.ghost(others[0], error, self.weights), False)
         if d.gate.auxiliary:
             term = losses.reconstruction(others[-1] + d.offset(x).detach(), y, self.weights)
             terms["auxiliary"] = (d.gate.auxiliary, term, False)
         return terms
 
-    def _sparsity(self, code: Encoding, s: Sparsity) -> Tensor:
-        gate, norms = self.dictionary.gate, code.norms if s.decoder_norm else None
+    def _sparsity(self, code: Encoding, norms: list[Tensor] | None, s: Sparsity) -> Tensor:
+        gate, by = self.dictionary.gate, norms if s.decoder_norm else None
         if s.kind == "l0" and s.target_l0:
             return losses.l0_to_target(code.features, gate, s.target_l0, self.shards, code.pre)
         if s.kind == "l0":
@@ -147,11 +159,11 @@ class Learner:
             for g, f in enumerate(code.features)
         ]
         if s.kind == "tanh":
-            return losses.tanh(penalised, norms, s.c)
+            return losses.tanh(penalised, by, s.c)
         if s.kind == "lp":
             p = losses.exponent(s.p_end, s.p_hold, self.step, self.config.train.steps)
-            return losses.lp(penalised, norms, p, self.shards if s.keep_strength else None)
-        return losses.l1(penalised, norms)
+            return losses.lp(penalised, by, p, self.shards if s.keep_strength else None)
+        return losses.l1(penalised, by)
 
     def _frozen(self, code: Encoding) -> list[list[Features]]:
         """The code that the gate's auxiliary loss decodes with a frozen decoder, if it has one."""
@@ -160,6 +172,12 @@ class Learner:
             return []
         values = [gate.auxiliary_values(f.pre, g, f.support) for g, f in enumerate(code.features)]
         return [[Features(v, f.pre, f.support) for v, f in zip(values, code.features, strict=True)]]
+
+    def _weight_terms(self) -> Terms:
+        """Terms of the weights alone: once a step, whatever the batch."""
+        if (c := self.config.train.loss.connection) is None:
+            return {}
+        return {"connection": (c.coefficient, connection.overlap(self.dictionary, self.others), True)}
 
     def _needs_pre(self) -> bool:
         loss = self.config.train.loss
@@ -172,11 +190,12 @@ class Learner:
         return by_norm or loss.preactivation > 0
 
     def _dead(self) -> DeadFeatures | None:
-        if not self.auxk or not sum(self.dead_totals):
+        if not (self.auxk or self.config.train.loss.ghost) or not sum(self.dead_totals):
             return None
-        return DeadFeatures(self._dead_masks(), self.dead_totals, self.auxk)
+        return DeadFeatures(self.dead_masks(), self.dead_totals, self.auxk or None)
 
-    def _dead_masks(self) -> list[Tensor]:
+    def dead_masks(self) -> list[Tensor]:
+        """[F] of each group: which of this rank's features are dead."""
         return [s >= self.config.train.dead_after_tokens for s in self.silent]
 
     # ------------------------------------------------------------ after backward
@@ -219,22 +238,19 @@ class Learner:
         own, common = [], []
         for name, grad in self._gradients().items():
             (own if self.dictionary.is_sharded(name) else common).append(grad)
-        dead = [mask.sum() for mask in self._dead_masks()]
+        dead = [mask.sum() for mask in self.dead_masks()]
         shared = torch.stack([_square(own), *dead]).double()
         square, *totals = self.shards.total(shared).tolist()
         self.dead_totals = [int(n) for n in totals]
         norm = math.sqrt(square + (_square(common).item() if common else 0.0))
         limit = self.config.train.clip_norm
         clipped = limit is not None and norm > limit
-        # The fused optimizer divides each gradient by this as it reads it: clipping takes no pass of its own.
-        self.optimizer.grad_scale = torch.tensor(norm / limit, device=self.device) if clipped else None
+        self.shrink = norm / limit if clipped else None
         return norm
 
     @torch.no_grad()
     def _update(self) -> None:
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.lr(self.step)
-        self.optimizer.step()
+        optimizers.step(self.optimizer, self.lr(self.step), list(self._gradients().values()), self.shrink)
         if self.config.dictionary.unit_norm:
             for group in self.dictionary.groups:
                 group.W_dec.data /= group.norms().unsqueeze(1).clamp(min=1e-12)
@@ -245,10 +261,7 @@ class Learner:
 
     def _measure(self, code: Encoding, terms, y_hat: Tensor, y: Tensor) -> dict[str, Tensor]:
         """This rank's metrics: those whose name begins with '+' are parts of a sum over ranks."""
-        found = {}
-        for name, (weight, term, partial) in terms.items():
-            found[("+" if partial else "") + name] = term.detach()
-            found[("+" if partial else "") + f"weighted/{name}"] = weight * term.detach()
+        found = _named(terms)
         error, spread = (y - y_hat).square().sum(), (y - y.mean(dim=0)).square().sum()
         found["explained_variance"] = 1 - error / spread
         for g, f in enumerate(code.features):
@@ -269,16 +282,13 @@ class Learner:
 
     # ------------------------------------------------------------ state
 
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that resuming needs, each described as a part of the whole."""
-        d = self.dictionary
+    def state(self, moments: dict[str, dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        """All tensors that resuming needs, each described as a part of the whole. `moments`: the optimizer's, as
+        `_moments` gave them."""
+        d, moments = self.dictionary, moments or self._moments()
         tensors = checkpoint.dictionary_tensors(d)
-        for name, p in self.parameters.items():
-            moments = self.optimizer.state[p]
-            if not moments:
-                moments |= {"step": torch.zeros((), device=self.device)}
-                moments |= {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            for key, value in moments.items():
+        for name, held in moments.items():
+            for key, value in held.items():
                 split = d.is_sharded(name) and key != "step"
                 features = d.sizes[checkpoint.group_of(name)] if split else 0
                 tensors[f"optimizer.{name}.{key}"] = (
@@ -288,20 +298,42 @@ class Learner:
             tensors[f"silent_tokens.{g}"] = checkpoint.sharded(silent, d.sizes[g], self.shards)
         return tensors
 
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        return {name: optimizers.moments(self.optimizer, p) for name, p in self.parameters.items()}
+
+    def _take(self, moments: dict[str, dict[str, Tensor]]) -> None:
+        for name, p in self.parameters.items():
+            optimizers.put(self.optimizer, p, moments[name])
+
     def save(self, run_dir: str) -> None:
         """Write a checkpoint of this step (all ranks)."""
         facts = {
             "tokens": self.step * self.config.train.batch_tokens,
             "wiring": checkpoint.describe(self.dictionary.wiring),
         }
-        checkpoint.save(run_dir, self.step, self.state(), facts, self.config.train.keep)
+        moments = self._moments()
+        checkpoint.save(run_dir, self.step, self.state(moments), facts, self.config.train.keep)
+        self._take(moments)
 
     def resume(self, run_dir: str, step: int) -> None:
-        """Go back to a checkpoint, written by any number of ranks (all ranks)."""
-        checkpoint.load(run_dir, step, self.state())
+        """Go back to a checkpoint, written by any number of ranks (all ranks). Raises UserError on a converted run."""
+        if "converted_from" in checkpoint.facts(run_dir, step):
+            raise UserError(f"{run_dir}: a converted dictionary, without an optimizer's state; choose another --out")
+        moments = self._moments()
+        checkpoint.load(run_dir, step, self.state(moments))
+        self._take(moments)
         self.step = step
-        dead = torch.stack([mask.sum() for mask in self._dead_masks()])
+        dead = torch.stack([mask.sum() for mask in self.dead_masks()])
         self.dead_totals = [int(n) for n in self.shards.total(dead).tolist()]
+
+
+def _named(terms: Terms) -> dict[str, Tensor]:
+    """Metrics of loss terms: each as it is, and as it counts."""
+    found = {}
+    for name, (weight, term, partial) in terms.items():
+        found[("+" if partial else "") + name] = term.detach()
+        found[("+" if partial else "") + f"weighted/{name}"] = weight * term.detach()
+    return found
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

@@ -19,6 +19,8 @@ from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
+from xlc_ray.training.resampling import resample
+from xlc_ray.training.schedules import resampled_after
 
 Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
 """(wiring, first step) → this replica's share of each global batch from that step to the last."""
@@ -155,15 +157,18 @@ def _steps(
     first, rows = learner.step, train.batch_tokens // learner.shards.replicas
     widths = {site: wiring.widths[site] for site in wiring.sites}
     dtype = getattr(torch, data.dtype)
-    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards)
+    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
     while learner.step < train.steps:
         asked = time.perf_counter()
-        batch = {site: values.to(device, non_blocking=True) for site, values in next(batches).items()}
+        batch = next(batches)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
-        measure = last or learner.step == first or (learner.step + 1) % train.log_every == 0
+        due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
+        measure = last or due or learner.step == first or (learner.step + 1) % train.log_every == 0
         found = learner.train_step(batch, measure)
+        if due and found is not None:
+            found["resampled"] = resample(learner, lambda: _sample(config, learner, data))
         clock.tokens += train.batch_tokens
         if found is not None:
             metrics = {"step": learner.step, "tokens": learner.step * train.batch_tokens, **found, **clock.read()}
@@ -174,6 +179,27 @@ def _steps(
             learner.save(config.out)
             saved(learner.step, metrics)
     return metrics
+
+
+def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Mapping[str, Tensor]]:
+    """The rows that resampling draws from: those that training reads next, of one epoch, all of them on every rank."""
+    train, wiring, shards = config.train, learner.dictionary.wiring, learner.shards
+    assert train.resample is not None
+    rows_in_order = order_for(config, data)
+    epoch, here = rows_in_order.epoch_rows, learner.step * train.batch_tokens
+    tokens = min(train.resample.tokens, epoch)
+    start = min(here, (here // epoch + 1) * epoch - tokens)  # a row that came twice could start two equal features
+    rows = train.batch_tokens // (shards.replicas * train.accumulate)
+    batches = range(start // rows, -(-(start + tokens) // rows))
+    widths = {site: wiring.widths[site] for site in wiring.sites}
+
+    def read() -> Iterator[Mapping[str, Tensor]]:
+        return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop)
+
+    found = shared(read, len(batches), widths, rows, getattr(torch, data.dtype), shards, learner.device)
+    for n, batch in zip(batches, found, strict=True):
+        inside = slice(max(0, start - n * rows), start + tokens - n * rows)
+        yield {site: values[inside] for site, values in batch.items()}
 
 
 def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def sparse_rate(device: torch.device, width: int = 4096, rows: int = 512, featur
         support = Support(entry, (rows, features))
         values = encode_at(x, W_enc, b, support, pre)
         W_enc.grad = W_dec.grad = None
-        decode(values, support, W_dec).square().sum().backward()
+        decode(values, support, W_dec)[0].square().sum().backward()
 
     return 2 * rows * k * (3 * width + width // 8) / best_time(step, device)
 

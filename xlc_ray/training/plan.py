@@ -35,11 +35,13 @@ ENTRY_BYTES = 120  # moved by selection, sorting and index arithmetic for each a
 
 @dataclass(frozen=True)
 class Group:
-    """One feature group: features, read and written width, active features a token, and whether products are sparse."""
+    """One feature group: features, read and written width, columns of the decoder that it stores, active features a
+    token, and whether products are sparse."""
 
     features: int
     read: int
     written: int
+    stored: int
     active: float
     sparse: bool
 
@@ -64,7 +66,7 @@ class Work:
     @property
     def parameters(self) -> int:
         """Of the whole dictionary."""
-        return self.extra + sum(g.features * (g.read + g.written + 1) for g in self.groups)
+        return self.extra + sum(g.features * (g.read + g.stored + 1) for g in self.groups)
 
     @property
     def active(self) -> list[float]:
@@ -97,15 +99,17 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
     else:
         each = (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
     groups = []
-    for reads, writes in zip(wires.reads, wires.writes, strict=True):
+    for g, (reads, writes) in enumerate(zip(wires.reads, wires.writes, strict=True)):
         share = min(each, d.features) / d.features
         sparse = d.products == "sparse" or (d.products == "auto" and share <= BREAK_EVEN)
         active_here = share * d.features if sparse else d.features
-        groups.append(Group(d.features, wires.width(reads), wires.width(writes), active_here, sparse))
+        widths = wires.width(reads), wires.width(writes), wires.decoder_width(g)
+        groups.append(Group(d.features, *widths, active_here, sparse))
     written = wires.width(wires.written_sites)
     skips = sum(wires.width(r) * wires.width(w) for r, w in zip(wires.reads, wires.writes, strict=True))
+    a_feature = ROWS.get(gate.kind, 0) + (wires.tied.scale + wires.tied.offset if wires.tied else 0)
     second = sum(wires.width(reads) for reads in wires.reads) if getattr(gate, "input_dependent", False) else 0
-    extra = written + (skips if wires.skip else 0) + d.features * (wires.groups * ROWS.get(gate.kind, 0) + second)
+    extra = written + (skips if wires.skip else 0) + d.features * (wires.groups * a_feature + second)
     return Work(
         tuple(groups),
         train.batch_tokens,
@@ -122,7 +126,7 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
 # ---------------------------------------------------------------- memory
 
 
-def memory(load: Work, tensor_parallel: int = 1, replicas: int = 1, accumulate: int = 1) -> dict[str, float]:
+def memory(load: Work, tensor_parallel: int, replicas: int, accumulate: int) -> dict[str, float]:
     """Bytes of a rank at the worst moment of a step, by what they are for."""
     rows = load.tokens / replicas / accumulate
     own = -(-load.parameters // tensor_parallel)
@@ -198,7 +202,7 @@ class Prediction:
 
 
 def predict(
-    load: Work, device: Machine, precision: str, tensor_parallel: int = 1, replicas: int = 1, data: float = 0.0
+    load: Work, device: Machine, precision: str, tensor_parallel: int, replicas: int, data: float = 0.0
 ) -> Prediction:
     """Time of a step on tensor_parallel × replicas devices. `data`: bytes to read for a token, 0 = they are at hand."""
     ranks, tokens = tensor_parallel * replicas, load.tokens

@@ -55,28 +55,59 @@ def _shape(starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> Tenso
 
 
 @torch.library.custom_op("xlc::combine_into", mutates_args=("out",))
-def combine_into(out: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> None:
-    """`combine` written over `out` [M, W], whatever that holds (contiguous)."""
-    out.copy_(reference(starts, index, values, rows))
+def combine_into(
+    out: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pull: Tensor | None,
+    base: Tensor | None,
+) -> None:
+    """`combine` (+ pull_m · base_m, `pull` [M], `base` [M, W]) written over `out` [M, W], whatever that holds
+    (contiguous)."""
+    out.copy_(_plus(reference(starts, index, values, rows), pull, base))
+
+
+def _plus(sums: Tensor, pull: Tensor | None, base: Tensor | None) -> Tensor:
+    return sums if pull is None or base is None else sums.addcmul_(pull.unsqueeze(1), base)
 
 
 @combine_into.register_kernel("cuda")
-def _into_cuda(out: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> None:
+def _into_cuda(
+    out: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pull: Tensor | None,
+    base: Tensor | None,
+) -> None:
     if not HAS_TRITON:
-        out.copy_(reference(starts, index, values, rows))
+        out.copy_(_plus(reference(starts, index, values, rows), pull, base))
         return
     from xlc_ray.dictionary.kernels import triton_combine
 
-    triton_combine.launch(starts, index, values, rows, out)
+    triton_combine.launch(starts, index, values, rows, out, pull, base)
 
 
 @combine_into.register_kernel("cpu")
-def _into_cpu(out: Tensor, starts: Tensor, index: Tensor, values: Tensor, rows: Tensor) -> None:
+def _into_cpu(
+    out: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pull: Tensor | None,
+    base: Tensor | None,
+) -> None:
     exact = rows.dtype in (torch.float32, torch.float64)
     if not exact or not index.numel() or not torch.backends.mkl.is_available():
-        out.copy_(combine(starts, index, values, rows))
+        out.copy_(_plus(combine(starts, index, values, rows), pull, base))
         return
     # In memory that is there already MKL is two to five times faster than an embedding bag in memory of its own.
     shape = (starts.shape[0] - 1, rows.shape[0])
     weights = torch.sparse_csr_tensor(starts, index, values.detach(), shape, check_invariants=False)
-    out.addmm_(weights, rows.detach(), beta=0.0)
+    if pull is not None and base is not None:
+        torch.mul(base.detach(), pull.unsqueeze(1), out=out)
+    out.addmm_(weights, rows.detach(), beta=float(pull is not None))

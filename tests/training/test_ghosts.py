@@ -1,0 +1,109 @@
+"""Ghost gradients against the formula written out in float64, whatever the split into micro-batches."""
+
+import pytest
+import torch
+
+from tests.dictionary import make
+from tests.equivalence import cases
+from xlc_ray.config import UserError
+from xlc_ray.dictionary import Shards, losses, wiring
+from xlc_ray.dictionary.build import build
+from xlc_ray.dictionary.dictionary import DeadFeatures
+from xlc_ray.training import Learner
+
+CLT = wiring.clt([0, 1], 6)
+DEAD = [torch.arange(10) < 4, torch.arange(10) == 9]
+
+
+def learner(loss, **changes) -> Learner:
+    settings = cases.config({"kind": "relu"}, loss, **{"train.clip_norm": None, **changes})
+    made = Learner(build(settings.dictionary, CLT, 3, Shards()), settings)
+    for g, dead in enumerate(DEAD):
+        made.silent[g][dead] = 10**9
+        with torch.no_grad():
+            made.dictionary.groups[g].b_enc[dead] = -8.0
+    made.dead_totals = [4, 1]
+    return made
+
+
+def reference(d, batch, weights) -> torch.Tensor:
+    """The ghost loss, token by token."""
+    x, y = d.normalize_inputs(batch), d.normalize_targets(batch)
+    e = (y - d.decode(d.encode(x), x)).detach()
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(len(x)):
+        ghost = torch.zeros(12, dtype=torch.float64)
+        for g, group in enumerate(d.groups):
+            for i in DEAD[g].nonzero().flatten().tolist():
+                activation = torch.exp(x[b, 6 * g : 6 * g + 6] @ group.W_enc[i] + group.b_enc[i])
+                ghost = ghost + torch.cat([torch.zeros(6 * g).double(), activation * group.W_dec[i]])
+        ghost = ghost * (e[b].norm() / (2 * ghost.norm())).detach()
+        own = (weights * (e[b] - ghost) ** 2).sum()
+        total = total + own * ((weights * e[b] ** 2).sum() / own).detach()
+    return total / len(x)
+
+
+@pytest.mark.parametrize("scale", ["canonical", "per_dim"])
+def test_gradients_are_those_of_the_formula(scale):
+    plain, ghostly = learner({"scale": scale}), learner({"scale": scale, "ghost": {"coefficient": 0.7}})
+    batch = cases.batches(CLT)[0]
+    weights = torch.ones(12).double() if scale == "canonical" else torch.full((12,), 1 / 6).double()
+    extra = reference(ghostly.dictionary, batch, weights)
+    wanted = torch.autograd.grad(extra, list(ghostly.parameters.values()), allow_unused=True)
+    plain.train_step(batch, measure=False)
+    m = ghostly.train_step(batch, measure=True)
+    assert m["ghost"] == pytest.approx(m["reconstruction"], rel=1e-12)
+    assert m["ghost"] == pytest.approx(extra.item(), rel=1e-12)
+    assert m["loss"] == pytest.approx(1.7 * m["reconstruction"], rel=1e-12)
+    for (name, p), add in zip(ghostly.parameters.items(), wanted, strict=True):
+        want = plain.parameters[name].grad + (0 if add is None else 0.7 * add)
+        torch.testing.assert_close(p.grad, want, rtol=1e-9, atol=1e-10, msg=name)
+    assert ghostly.parameters["groups.0.W_enc"].grad[DEAD[0]].ne(0).all()
+    assert plain.parameters["groups.0.W_enc"].grad[DEAD[0]].eq(0).all()
+
+
+def test_micro_batches_change_nothing():
+    once, often = (learner({"ghost": {}}, **{"train.accumulate": n}) for n in (1, 4))
+    batch = cases.batches(CLT)[0]
+    one, two = once.train_step(batch, measure=True), often.train_step(batch, measure=True)
+    assert two["ghost"] == pytest.approx(one["ghost"], rel=1e-12)
+    for p, q in zip(once.parameters.values(), often.parameters.values(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-11)
+
+
+def test_dead_features_come_back():
+    """Below ReLU's zero nothing else gives them a gradient."""
+    wires, direction = wiring.sae(["a"], 6), make.random(6, seed=2)
+    draw, found = make.generator(3), []
+    for loss in ({}, {"ghost": {}}):
+        settings = cases.config({"kind": "relu"}, loss, **{"train.lr": 0.05, "train.steps": 300})
+        made = Learner(build(settings.dictionary, wires, 3, Shards()), settings)
+        with torch.no_grad():
+            made.dictionary.groups[0].b_enc.fill_(-4.0)
+            made.dictionary.groups[0].W_enc *= 0.1
+        for _ in range(150):
+            last = made.train_step({"a": (1 + torch.rand(16, 1, generator=draw).double()) * direction}, measure=True)
+        found.append((last["dead_features"], last["reconstruction"]))
+    assert found[0][0] == 1
+    assert found[1][0] < 1
+    assert found[1][1] < 0.5 * found[0][1]  # b_dec alone learns the mean, not how far a token goes
+
+
+def test_no_size_of_a_preactivation_and_no_error_of_zero_breaks_it():
+    d = make.dictionary(CLT).float()
+    with torch.no_grad():
+        d.groups[0].b_enc.fill_(500.0)
+    masks = [torch.ones(7, dtype=torch.bool), torch.zeros(7, dtype=torch.bool)]
+    x = d.normalize_inputs({s: v.float() for s, v in make.activations(CLT, 5).items()})
+    code = d.analyse(x, DeadFeatures(masks, [7, 0], None))
+    (_, ghost), _ = d.decode_all([code.features, code.revived], x)
+    for error in (torch.ones_like(ghost), torch.zeros_like(ghost)):
+        term = losses.ghost(ghost, error, None)
+        term.backward(retain_graph=True)
+        assert torch.isfinite(term)
+        assert all(torch.isfinite(p.grad).all() for p in d.parameters() if p.grad is not None)
+
+
+def test_one_way_to_revive_at_a_time():
+    with pytest.raises(UserError, match=r"train.loss.ghost: revives dead features as auxk does; use one"):
+        cases.config({"kind": "relu"}, {"auxk": {}}).override({"train.loss.ghost": {}})

@@ -1,0 +1,209 @@
+"""The plan's arithmetic against known answers, against a real dictionary, and the job that prints it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xlc_ray.config import UserError, load_config
+from xlc_ray.dictionary import Shards
+from xlc_ray.dictionary.build import build, make_wiring
+from xlc_ray.training import plan
+from xlc_ray.training.forecast import forecast
+from xlc_ray.training.learner import Learner
+from xlc_ray.training.machine import GB, GPUS, Machine
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+SLOW = Machine(
+    "slow", dict.fromkeys(("float32", "bfloat16", "float64"), 100 * GB), 20 * GB, 10 * GB, GB, GB, 16 * GB, 4
+)
+WIRINGS = [
+    {"kind": "sae"},
+    {"kind": "transcoder", "skip": True},
+    {"kind": "clt"},
+    {"kind": "crosscoder"},
+    {"kind": "crosscoder", "causality": "strict"},
+]
+
+GATES = [
+    {"kind": "topk", "k": 3},
+    *({"kind": k} for k in ("jumprelu", "gated", "hard_concrete", "gated_hard_concrete")),
+]
+
+
+def settings(**changes):
+    return load_config(QUICKSTART, changes)
+
+
+def work_of(config, layers=4, width=16, active=None) -> plan.Work:
+    return plan.work(config, make_wiring(config.dictionary.wiring, layers, width), active)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_parameters_and_states_are_those_of_the_real_thing(wiring, gate):
+    config = settings(
+        **{"dictionary.wiring": wiring, "dictionary.gate": gate, "dictionary.features": 24, "train.loss": {}}
+    )
+    made = build(config.dictionary, make_wiring(config.dictionary.wiring, 4, 16), 0, Shards())
+    load = work_of(config)
+    assert load.parameters == sum(p.numel() for p in made.parameters())
+    learner = Learner(made, config)
+    states = [s for name, s in learner.state().items() if name.startswith("optimizer.") and s.dim()]
+    held = plan.memory(load, 1, 1, 1)
+    assert held["gradients and optimizer"] == 4 * load.parameters + sum(s.nbytes for s in states)
+
+
+def test_flops_are_those_of_the_cost_table():
+    """A CLT of L layers takes 2LFd to encode and, if dense, (4L + 6N)Fd in all, N = L(L+1)/2; sparse products of k
+    active features take 2kd + 6kTd, T = (L+1)/2."""
+    layers, width, features, k = 12, 16, 512, 24
+    changes = {"dictionary.wiring": {"kind": "clt"}, "dictionary.gate": {"kind": "topk", "k": k}}
+    load = work_of(settings(**changes, **{"dictionary.features": features}), layers, width)
+    blocks, targets = layers * (layers + 1) / 2, (layers + 1) / 2
+    assert load.flops["encode"] == 2 * layers * features * width
+    assert load.dense_flops == (4 * layers + 6 * blocks) * features * width
+    assert load.flops["sparse"] == pytest.approx(2 * k * width + 6 * k * targets * width)
+    assert load.flops["dense"] == 0
+
+
+def test_products_are_planned_as_they_are_dispatched():
+    few, many = ({"dictionary.gate": {"kind": "relu"}, "dictionary.features": 64} for _ in range(2))
+    assert all(g.sparse for g in work_of(settings(**few), active=4 * 8).groups)  # exactly at the break-even
+    assert not any(g.sparse for g in work_of(settings(**many), active=4 * 9).groups)
+    forced = settings(**few, **{"dictionary.products": "dense"})
+    assert not any(g.sparse for g in work_of(forced, active=4).groups)
+    assert not work_of(settings(**few)).known
+    assert work_of(settings()).known
+
+
+@pytest.mark.parametrize(
+    ("tokens", "change", "expected"),
+    [(1024, {}, "arithmetic"), (8, {}, "optimizer"), (1024, {"link": 1e-4 * GB}, "communication")],
+)
+def test_what_is_slowest_binds(tokens, change, expected):
+    features = {"dictionary.features": 4096, "dictionary.gate": {"kind": "topk", "k": 32}}
+    load = work_of(settings(**features, **{"train.batch_tokens": tokens}))
+    found = plan.predict(load, replace(SLOW, **change), "float32", tensor_parallel=2, replicas=1)
+    assert found.binds == expected
+
+
+def test_reading_binds_only_where_it_is_slower_than_the_step():
+    load = work_of(settings())
+    alone = plan.predict(load, SLOW, "float32", 1, 1)
+    fed = plan.predict(load, SLOW, "float32", 1, 1, data=plan.DATA_RATE * 10 * alone.seconds / load.tokens)
+    assert alone.binds != "data"
+    assert fed.binds == "data"
+    assert fed.seconds == pytest.approx(10 * alone.seconds)
+
+
+def test_only_ranks_that_share_work_speak():
+    load = work_of(settings())
+    assert plan.predict(load, SLOW, "float32", 1, 1).communication == 0
+    halves = plan.predict(load, SLOW, "float32", tensor_parallel=2, replicas=1)
+    assert halves.communication == pytest.approx(load.tokens * load.written * 4 / SLOW.link)
+    copies = plan.predict(load, SLOW, "float32", tensor_parallel=1, replicas=2)
+    assert copies.communication == pytest.approx(load.parameters * 4 / SLOW.link)
+    assert halves.encode == pytest.approx(plan.predict(load, SLOW, "float32", 1, 1).encode / 2)
+
+
+def test_layouts_that_fit_come_fastest_first():
+    config = settings(**{"train.batch_tokens": 1024})
+    found = plan.layouts(config, work_of(config), SLOW, 4, 0.0)
+    assert {(each.tensor_parallel, each.replicas) for each in found} == {(1, 4), (2, 2), (4, 1)}
+    assert [f.prediction.seconds for f in found] == sorted(f.prediction.seconds for f in found)
+
+
+def test_why_nothing_fits():
+    config = settings(**{"dictionary.features": 2**24, "train.batch_tokens": 1023, "train.accumulate": 1})
+    with pytest.raises(UserError) as error:
+        plan.layouts(config, work_of(config), SLOW, 8, 0.0)
+    text = str(error.value)
+    assert "\n" not in text
+    assert "no layout fits 8 x slow" in text
+    assert "tp 8 would leave the node of 4" in text
+    assert "do not divide train.batch_tokens = 1023" in text
+
+
+def test_a_rank_that_is_too_large_says_how_large():
+    config = settings(**{"dictionary.features": 2**24, "train.batch_tokens": 1024})
+    with pytest.raises(UserError, match=r"tp 4 needs [\d.]+ of 14\.7 GB a rank"):
+        plan.layouts(config, work_of(config), SLOW, 4, 0.0)
+
+
+def test_the_roofline_is_below_every_prediction():
+    """What cannot be avoided takes no longer than what is predicted of this implementation."""
+    for layers, width, features, k in ((12, 768, 6144, 192), (4, 128, 1024, 32), (4, 256, 16384, 64)):
+        changes = {"dictionary.features": features, "dictionary.gate": {"kind": "batchtopk", "k": k}}
+        load = work_of(settings(**changes), layers, width)
+        for device in (SLOW, *GPUS.values()):
+            assert (
+                sum(plan.roofline(load, device, "bfloat16").values())
+                < plan.predict(load, device, "bfloat16", 1, 1).seconds
+            )
+
+
+# ---------------------------------------------------------------- in words
+
+
+def lines_of(config, gpu=None, nodes=1, active=None) -> list[str]:
+    return list(forecast(config, gpu, nodes, active))
+
+
+def test_the_forecast_says_what_a_user_asks(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = "\n".join(lines_of(settings(), "h100"))
+    load = work_of(settings(), 4, 128)
+    assert f"{load.parameters / 1e6:,.1f}M parameters" in text
+    config = settings()
+    stored = 2 * 4 * 2 * 128  # bytes of bfloat16, layers, sites of a layer, width
+    tokens = config.generate.tokens + config.generate.held_out_tokens
+    assert f"{tokens:,} tokens of {stored:,} bytes" in text
+    assert "tp 1 x 8 replicas" in text
+    assert "tp 8 x 1 replicas" in text
+    assert "binds" in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nodes", "message"),
+    [
+        ("h1000", 1, r"--gpu: 'h1000' is not known; allowed: h100, h200, a100, l40s"),
+        ("h100", 0, r"--nodes: 0; allowed: 1 or more"),
+        (None, 2, r"--nodes: 2; allowed: 1 without --gpu"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(gpu, nodes, message):
+    with pytest.raises(UserError, match=message):
+        lines_of(settings(), gpu, nodes)
+
+
+def test_a_dictionary_beyond_this_machine_says_what_to_do(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"do not fit into .* make dictionary.features or train.batch_tokens smaller"):
+        lines_of(settings(**{"dictionary.features": 2**26}))
+
+
+def test_the_job_prints_the_plan_of_this_machine():
+    done = subprocess.run(
+        [sys.executable, "jobs/plan.py", "--config", QUICKSTART, "--dictionary.features=2048"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 groups of 2,048 features" in done.stdout
+    assert "tokens/s" in done.stdout.splitlines()[-1]
+
+
+def test_the_job_refuses_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "jobs/plan.py", "--config", QUICKSTART, "--gpu", "tpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["error: --gpu: 'tpu' is not known; allowed: h100, h200, a100, l40s"]

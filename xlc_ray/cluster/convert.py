@@ -1,0 +1,75 @@
+"""Conversion as a job: one Ray task makes of a TopK or BatchTopK run a JumpReLU run, in a directory of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+
+from xlc_ray import files
+from xlc_ray.activations.store import open_store
+from xlc_ray.cluster.session import connect, require, resolve, run_path
+from xlc_ray.config import Config, UserError
+from xlc_ray.dictionary import Dictionary, checkpoint
+from xlc_ray.evaluation.convert import convert_dictionary
+
+
+def convert(
+    run_dir: str,
+    out: str,
+    changes: dict[str, Any] | None = None,
+    *,
+    per_feature: bool = False,
+    target_l0: float | None = None,
+    tolerance: float = 0.1,
+    fold: bool = False,
+) -> dict[str, Any]:
+    """Convert the newest checkpoint of a run to the gate jumprelu. `changes`: overrides of its settings.
+
+    `out` becomes a run directory that evaluate and load read: config.yaml, one checkpoint, the curves of training, and
+    conversion.json, which is returned with `out`. See evaluation/convert.py for the options. Raises UserError where
+    `out` holds a run already, where there is no checkpoint, or where the gate or the target cannot be converted.
+    """
+    if not out:
+        raise UserError("--out: missing; give --out DIR, a directory for the converted run")
+    connect()
+    run_dir = run_path(run_dir)
+    config = resolve(checkpoint.load_dictionary(run_dir)[1].override({**(changes or {}), "out": out}))
+    if checkpoint.steps(config.out):
+        raise UserError(f"{config.out}: holds a run already; choose another --out")
+    cluster = config.cluster
+    require(cluster.cpus_per_model, cluster.gpus_per_model, "conversion")
+    task = ray.remote(_convert).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
+    options = {"per_feature": per_feature, "target_l0": target_l0, "tolerance": tolerance, "folded": fold}
+    return ray.get(task.remote(run_dir, config, options)) | {"out": config.out}
+
+
+def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
+    device = "cuda" if config.cluster.gpus_per_model else "cpu"
+    held_out = files.join(config.source.path, "held_out")
+    found = convert_dictionary(
+        checkpoint.load_dictionary(run_dir)[0],
+        config,
+        open_store(config.source.path),
+        open_store(held_out) if files.exists(held_out) else None,
+        device=device,
+        **options,
+    )
+    curves = files.join(run_dir, "metrics.jsonl")
+    if files.exists(curves):
+        files.write_bytes(files.join(config.out, "metrics.jsonl"), files.read_bytes(curves))
+    files.write_json(files.join(config.out, "conversion.json"), found.report)
+    _save(run_dir, found.config, found.dictionary)
+    return found.report
+
+
+def _save(run_dir: str, config: Config, dictionary: Dictionary) -> None:
+    """config.yaml, and a checkpoint of the same step without what only training needs."""
+    files.write_bytes(files.join(config.out, "config.yaml"), config.yaml().encode())
+    step = checkpoint.steps(run_dir)[-1]
+    facts = checkpoint.facts(run_dir, step) | {"converted_from": run_dir}
+    facts.pop("step")
+    dictionary.to(torch.float64 if config.train.precision == "float64" else torch.float32)
+    checkpoint.save(config.out, step, checkpoint.dictionary_tensors(dictionary), facts, config.train.keep)
