@@ -49,6 +49,19 @@ def test_shards_and_replicas_give_the_result_of_one_process(cluster, small_run):
     assert train_alone(config)["step"] == 12
 
 
+@pytest.mark.slow
+def test_gate_and_wiring_from_the_working_directory_reach_every_rank(cluster, small_run):
+    own = {"kind": "custom", "path": "examples.own_gate:SoftThreshold", "options": {"start": 0.2}}
+    near = {"kind": "custom", "path": "examples.own_wiring:near", "options": {"reach": 1}}
+    ranks = {"train.precision": "float64", "cluster.tensor_parallel": 2}
+    config = small_run({**ranks, "dictionary.gate": own, "dictionary.wiring": near})
+    train(config)
+    alone = config.override({"out": config.out + "_alone", "cluster.tensor_parallel": 1})
+    train_alone(alone)
+    assert_same(config, alone)
+    assert "gate.theta.1" in weights(config)
+
+
 def test_killed_worker_costs_only_the_steps_since_the_last_checkpoint(cluster, small_run):
     slow = {"train.steps": 400, "train.checkpoint_every": 50, "train.log_every": 10, "train.precision": "float64"}
     config = small_run({**slow, "cluster.tensor_parallel": 2})

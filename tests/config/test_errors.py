@@ -20,6 +20,13 @@ FORMS = [
     *((("dictionary.wiring", {"kind": kind}),) for kind in ("sae", "transcoder", "clt", "crosscoder")),
     (BASED, ("dictionary.wiring", {"kind": "model_diff", "layer": 0})),
     (("dictionary.wiring", {"kind": "model_diff", "layer": 0}), BASED),
+    (("dictionary.wiring", {"kind": "custom", "path": "mine:wires", "options": {"reach": 2}}),),
+    (("dictionary.gate", {"kind": "custom", "path": "mine:Gate"}),),
+    *(
+        (("train.loss.auxk", None), ("dictionary.gate", {"kind": kind}))
+        for kind in ("gated", "hard_concrete", "gated_hard_concrete")
+    ),
+    (("train.loss.matryoshka", {"prefixes": [0.25, 1]}),),
     *((("dictionary.gate", {"kind": kind}),) for kind in ("relu", "jumprelu")),
     *((("dictionary.gate", {"kind": kind, "k": 4}),) for kind in ("topk", "batchtopk")),
     *((("train.lr_schedule", {"kind": kind}),) for kind in ("constant", "linear", "cosine")),
@@ -92,9 +99,9 @@ def test_an_unknown_key_at_the_top_fails():
         ({"train": None}, "train: None should be a mapping of settings"),
         (
             {"dictionary.gate": "topk"},
-            "dictionary.gate: 'topk' should be a mapping with kind: batchtopk, jumprelu, relu",
+            "dictionary.gate: 'topk' should be a mapping with kind: batchtopk, custom, gated, ",
         ),
-        ({"dictionary.gate": {"k": 3}}, "dictionary.gate.kind: missing; allowed: batchtopk, jumprelu, relu, topk"),
+        ({"dictionary.gate": {"k": 3}}, "dictionary.gate.kind: missing; allowed: batchtopk, custom, gated, "),
         ({"dictionary.gate.kind": "topkk"}, "dictionary.gate.kind: 'topkk' is unknown; did you mean topk? allowed: "),
         ({"dictionary.gate": {"kind": "topk"}}, "dictionary.gate.k: missing"),
         ({"dictionary.gate": {"kind": "topk", "k": 1, "topk": 1}}, "dictionary.gate.topk: unknown setting; "),
@@ -128,7 +135,52 @@ def test_an_unknown_key_at_the_top_fails():
         ({"cluster.replicas": 3}, "train.batch_tokens: 1024 is not divisible by replicas x accumulate = 3"),
         (
             {"train.loss.sparsity": {"kind": "l0", "coefficient": 1}},
-            "train.loss.sparsity.kind: l0 needs the gate jumprelu",
+            "train.loss.sparsity.kind: l0 needs the gate jumprelu, hard_concrete or gated_hard_concrete, not batchtopk",
+        ),
+        (
+            {"dictionary.gate": {"kind": "gated"}},
+            "train.loss.auxk: needs the gate relu, jumprelu, topk, batchtopk or custom, not gated",
+        ),
+        (
+            {"dictionary.gate": {"kind": "gated"}, "train.loss": {"ghost": {}}},
+            "train.loss.ghost: needs the gate relu, jumprelu, topk, batchtopk or custom, not gated",
+        ),
+        (
+            {
+                "dictionary.gate": {"kind": "hard_concrete"},
+                "train.loss": {"sparsity": {"kind": "l1", "coefficient": 1}},
+            },
+            "train.loss.sparsity.kind: the gate hard_concrete is penalised by l0, not by l1",
+        ),
+        (
+            {"dictionary.gate": {"kind": "gated_hard_concrete"}, "train.loss": {"preactivation": 1}},
+            "train.loss.preactivation: the gate gated_hard_concrete has no threshold",
+        ),
+        (
+            {"dictionary.gate.rank_by": "zscore", "train.loss.sparsity": {"kind": "lp", "coefficient": 1}},
+            "train.loss.sparsity.kind: lp needs features that are not negative",
+        ),
+        (
+            {"dictionary.gate": {"kind": "gated", "auxiliary": 0}},
+            "dictionary.gate.auxiliary: 0 should be greater than 0",
+        ),
+        (
+            {"dictionary.gate": {"kind": "hard_concrete", "gamma": 0.1}},
+            "dictionary.gate.gamma: 0.1 should be less than 0",
+        ),
+        ({"dictionary.gate": {"kind": "hard_concrete", "zeta": 1}}, "dictionary.gate.zeta: 1 should be greater than 1"),
+        ({"dictionary.gate": {"kind": "custom", "path": "mine.Gate"}}, "dictionary.gate.path: 'mine.Gate': "),
+        (
+            {"train.loss.matryoshka": {"prefixes": [0.5, 0.25, 1]}},
+            "train.loss.matryoshka: prefixes = [0.5, 0.25, 1.0] must rise, and end with 1",
+        ),
+        (
+            {"train.loss.matryoshka": {"prefixes": [0.25, 0.5]}},
+            "train.loss.matryoshka: prefixes = [0.25, 0.5] must rise, and end with 1",
+        ),
+        (
+            {"train.loss.matryoshka": {"prefixes": [0.0001, 1]}},
+            "train.loss.matryoshka.prefixes: 0.0001 of dictionary.features = 1024 is less than one feature",
         ),
         (
             {"train.loss.sparsity": {"kind": "l1", "coefficient": 1, "target_l0": 9}},

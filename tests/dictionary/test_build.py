@@ -66,7 +66,7 @@ def test_the_encoder_starts_as_a_copy_where_the_sites_allow_it():
 def test_every_gate_gets_its_settings():
     jump = make_gate(settings.JumpReluGate(threshold=0.3, bandwidth=1.5, parameterisation="direct"), [2, 3], Shards())
     assert isinstance(jump, gates.JumpReLU)
-    assert (jump.bandwidth, jump.log) == (1.5, False)
+    assert (jump.bandwidth, jump.log, jump.to_pre, jump.by_value) == (1.5, False, False, False)
     assert [t.tolist() for t in jump.raw_threshold] == [pytest.approx([0.3] * 2), pytest.approx([0.3] * 3)]
     topk = make_gate(settings.TopKGate(k=3, rank_by="decoder_norm", threshold_start=7), [5, 5], Shards())
     assert (topk.k, topk.over_batch, topk.over_groups, topk.needs_norms, topk.start) == (3, False, True, True, 7)

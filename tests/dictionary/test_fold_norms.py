@@ -12,6 +12,7 @@ GATES = {
     "relu": {"kind": "relu"},
     "log": {"kind": "jumprelu", "threshold": 0.4},
     "direct": {"kind": "jumprelu", "threshold": 0.4, "parameterisation": "direct"},
+    "crosslayer": {"kind": "jumprelu", "threshold": 0.4, "parameterisation": "crosslayer"},
     "topk_norm": {"kind": "topk", "k": 2, "pool": "group", "rank_by": "decoder_norm"},
     "batchtopk_norm": {"kind": "batchtopk", "k": 2, "rank_by": "decoder_norm", "threshold_start": 0},
 }
@@ -41,6 +42,16 @@ def test_rows_become_units_and_features_carry_their_norms(gate):
 def test_gates_that_rank_activations_are_refused():
     d = make.dictionary(wiring.sae(["a"], 4), {"kind": "batchtopk", "k": 2})
     with pytest.raises(UserError, match="allowed: decoder_norm, or convert to jumprelu first"):
+        fold_decoder_norms(d)
+
+
+@pytest.mark.parametrize(
+    ("gate", "name"),
+    [({"kind": "topk", "k": 2, "rank_by": "zscore"}, "rank_by: zscore"), ({"kind": "hard_concrete"}, "HardConcrete")],
+)
+def test_gates_that_do_not_scale_are_refused(gate, name):
+    d = make.dictionary(wiring.sae(["a"], 4), gate)
+    with pytest.raises(UserError, match=f"fold into jumprelu, relu and topk, not {name}"):
         fold_decoder_norms(d)
 
 

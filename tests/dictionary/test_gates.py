@@ -60,7 +60,7 @@ def test_relu():
     assert gate.activate(pre, 0, None).where(mask, 0).tolist() == [[0.0, 0.0, 2.0]]
 
 
-@pytest.mark.parametrize("kind", ["log", "direct"])
+@pytest.mark.parametrize("kind", ["log", "direct", "crosslayer"])
 @pytest.mark.parametrize("training", [True, False])
 def test_jumprelu_keeps_what_exceeds_the_threshold(kind, training):
     gate, pre = jumprelu(kind, 5).train(training), make.random(40, 5)
@@ -73,18 +73,19 @@ def test_jumprelu_keeps_what_exceeds_the_threshold(kind, training):
     assert (f >= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["log", "direct"])
+@pytest.mark.parametrize("kind", ["log", "direct", "crosslayer"])
 def test_jumprelu_gradients_by_hand(kind):
     gate, pre, up = jumprelu(kind, 4), make.random(200, 4).requires_grad_(), make.random(200, 4, seed=1)
     theta = gate.threshold(0).detach()
     kernel = ((pre.detach() - theta).abs() < EPS / 2).double()
     assert 0 < kernel.mean() < 1
-    chain = theta if kind == "log" else torch.ones_like(theta)  # dθ/dt = θ where θ = e^t
+    chain = torch.ones_like(theta) if kind == "direct" else theta  # dθ/dt = θ where θ = e^t
+    numerator = pre.detach() if kind == "crosslayer" else theta
     open_, to_pre = (pre.detach() > theta).double(), 1.0 if kind == "log" else 0.0
 
     f = gate.activate(pre, 0, None).where(masks(gate, {0: pre.detach()})[0], 0)
     d_pre, d_raw = torch.autograd.grad((f * up).sum(), [pre, gate.raw_threshold[0]])
-    torch.testing.assert_close(d_raw, chain * -(up * theta / EPS * kernel).sum(0))
+    torch.testing.assert_close(d_raw, chain * -(up * numerator / EPS * kernel).sum(0))
     torch.testing.assert_close(d_pre, up * (open_ + to_pre * theta / EPS * kernel))
 
     step = gate.step(pre, 0, None)
@@ -130,9 +131,9 @@ def test_entries_named_by_feature_are_gated_as_in_the_matrix():
     gate, pre = jumprelu("log", 6), make.random(9, 6)
     with torch.no_grad():
         gate.raw_threshold[0].copy_(make.random(6, seed=2))
-    feature = torch.arange(6).repeat(9)
+    every = make.support(torch.ones(9, 6).bool())
     for form in (gate.activate, gate.step):
-        assert torch.equal(form(pre.flatten(), 0, feature).view(9, 6), form(pre, 0, None))
+        assert torch.equal(form(pre.flatten(), 0, every).view(9, 6), form(pre, 0, None))
 
 
 # ---------------------------------------------------------------- TopK, BatchTopK

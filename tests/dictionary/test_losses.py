@@ -31,6 +31,32 @@ def test_l1_and_tanh_by_hand(form):
     assert losses.tanh(features, None, 0.1).item() == pytest.approx(sum(math.tanh(0.1 * v) for v in (1, 2, 3, 0.5)) / 2)
 
 
+@pytest.mark.parametrize("form", [lambda f: Features(f, f), sparse_form], ids=["dense", "sparse"])
+def test_lp_by_hand(form):
+    features, norms = [form(F1), form(F2)], [N1, N2]
+    powers = sum(v**0.3 for v in (2, 4, 1.5, 2)) / 2
+    assert losses.lp(features, norms, 0.3, None).item() == pytest.approx(powers, rel=0.02)  # but for ε
+    for weights in (norms, None):
+        assert losses.lp(features, weights, 1.0, None).item() == pytest.approx(losses.l1(features, weights).item())
+        held = losses.lp(features, weights, 0.3, Shards()).item()
+        assert held == pytest.approx(losses.l1(features, weights).item())
+    nothing = [form(torch.zeros_like(F1))]
+    assert losses.lp(nothing, None, 0.3, Shards()).item() == 0
+
+
+def test_the_strength_of_lp_is_a_number_without_gradient():
+    f = torch.tensor([[0.5, 2.0]]).double().requires_grad_()
+    losses.lp([Features(f, f)], None, 0.4, Shards()).backward()
+    ratio = 2.5 / (0.5**0.4 + 2**0.4 - 2 * 1e-6**0.4)
+    assert f.grad[0].tolist() == pytest.approx([ratio * 0.4 * 0.5**-0.6, ratio * 0.4 * 2**-0.6], rel=1e-5)
+
+
+def test_p_falls_from_one_to_its_end():
+    assert [losses.exponent(0.2, 0.0, i, 5) for i in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert [losses.exponent(0.2, 0.4, i, 5) for i in range(5)] == pytest.approx([1, 1, 1, 0.6, 0.2])
+    assert losses.exponent(0.2, 1.0, 4, 5) == 1
+
+
 def test_reconstruction_by_hand_and_per_dim():
     y, y_hat = torch.zeros(2, 3).double(), torch.tensor([[1.0, 2, 3], [0, 0, 1]]).double()
     assert losses.reconstruction(y_hat, y, None).item() == pytest.approx(15 / 2)

@@ -27,7 +27,8 @@ WIRINGS = {
     "ragged_widths": Wiring({"a": 3, "b": 5, "c": 4}, (("a",), ("a", "c")), (("a", "c"), ("b",))),
 }
 L1 = {"sparsity": {"kind": "l1", "coefficient": 0.1, "schedule": {"kind": "constant", "warmup": 0.5}}}
-TANH = {"sparsity": {"kind": "tanh", "coefficient": 0.1}, "preactivation": 0.01}
+TANH_ONLY = {"sparsity": {"kind": "tanh", "coefficient": 0.1}}
+TANH = {**TANH_ONLY, "preactivation": 0.01}
 AUXK = {"auxk": {"k": 2}}
 JUMP = {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.5}
 GATES = {
@@ -49,6 +50,35 @@ GATES |= {
 }
 CASES += [(w, g) for w in ("skip_transcoders", "clt", "tied_per_source") for g in list(GATES)[-3:]]
 RESAMPLE = {"every": 5, "tokens": 2 * ROWS, "warmup": 3, "scale": 0.9}
+CONCRETE = {"beta": 0.6, "final_beta": 0.4}
+L0 = {"sparsity": {"kind": "l0", "coefficient": 0.1}}
+LP = {"sparsity": {"kind": "lp", "coefficient": 0.1, "p_end": 0.5}}
+NESTED = {"matryoshka": {"prefixes": [0.2, 0.7, 1.0]}}
+MORE_GATES = {
+    "gated": ({"kind": "gated"}, L1),
+    "gated_per_dim": ({"kind": "gated"}, {**LP, **NESTED, "scale": "per_dim"}),
+    "hard_concrete": ({"kind": "hard_concrete", **CONCRETE}, L0),
+    "hard_concrete_free": ({"kind": "hard_concrete", "input_dependent": False, **CONCRETE}, L0),
+    "hard_concrete_target": (
+        {"kind": "hard_concrete", **CONCRETE},
+        {"sparsity": {"kind": "l0", "coefficient": 0.5, "target_l0": 3.0}},
+    ),
+    "gated_hard_concrete": ({"kind": "gated_hard_concrete", **CONCRETE}, L0),
+    "jumprelu_crosslayer": ({**JUMP, "parameterisation": "crosslayer"}, TANH),
+    "relu_lp": ({"kind": "relu"}, {**LP, **AUXK}),
+    "batchtopk_nested": ({"kind": "batchtopk", "k": 3}, {**NESTED, **AUXK}),
+    "topk_zscore": ({"kind": "topk", "k": 3, "rank_by": "zscore"}, AUXK),
+    "batchtopk_zscore": ({"kind": "batchtopk", "k": 2, "pool": "group", "rank_by": "zscore"}, TANH_ONLY),
+    "custom": (
+        {"kind": "custom", "path": "examples.own_gate:SoftThreshold", "options": {"start": 0.3}},
+        {**L1, **AUXK},
+    ),
+}
+SETS = {
+    "fast": CASES + [("clt", g) for g in MORE_GATES],
+    "rest": [(w, g) for w in WIRINGS for g in MORE_GATES if w != "clt"],
+}
+"""Cases by when they are run: `rest` is slow."""
 
 
 def config(gate: dict, loss: dict, **changes) -> Config:
@@ -83,7 +113,7 @@ def batches(wires: Wiring) -> list[dict[str, torch.Tensor]]:
 
 def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Tensor]:
     """Metrics of every step, gradients of the first, parameters and counters at the end. Sharded ones: this rank's."""
-    wires, (gate, loss) = WIRINGS[case[0]], GATES[case[1]]
+    wires, (gate, loss) = WIRINGS[case[0]], (GATES | MORE_GATES)[case[1]]
     if case[1].endswith("resampled"):
         changes |= {"train.resample": RESAMPLE, "train.dead_after_tokens": ROWS}
     settings = config(gate, loss, **changes)
@@ -100,11 +130,14 @@ def run(case: tuple[str, str], shards: Shards, **changes) -> dict[str, torch.Ten
             metrics.pop("explained_variance", None)
         found |= {f"metrics.{i}.{k}": torch.tensor(v, dtype=torch.float64) for k, v in metrics.items()}
         if i == 0:
-            found |= {f"grad.{k}": p.grad.clone() for k, p in dictionary.named_parameters()}
+            found |= {f"grad.{k}": p.grad.clone() for k, p in dictionary.named_parameters() if p.requires_grad}
     found |= {f"final.{k}": v.clone() for k, v in dictionary.state_dict().items() if k != "gate.smallest_kept"}
     return found | {f"silent.{g}": s for g, s in enumerate(learner.silent)}
 
 
 def sharded_size(name: str, case: tuple[str, str]) -> bool:
     kind, _, rest = name.partition(".")
-    return kind == "silent" or (kind in ("grad", "final") and rest.startswith(("groups.", "gate.raw_threshold")))
+    whole = ("gate.inference_threshold", "gate.smallest_kept")
+    return kind == "silent" or (
+        kind in ("grad", "final") and rest.startswith(("groups.", "gate.")) and not rest.startswith(whole)
+    )

@@ -1,4 +1,4 @@
-"""One rank of a parity run: `python -m tests.equivalence.worker RANK WORLD TP STORE_FILE OUT`."""
+"""One rank of a parity run: `python -m tests.equivalence.worker RANK WORLD TP STORE_FILE OUT SET`."""
 
 import sys
 from collections import Counter
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     noted: dict = {}
     count_collectives(noted)
     results, forwards = {}, {}
-    for case in cases.CASES:
+    for case in cases.SETS[sys.argv[6]]:
         results[case] = cases.run(case, shards, **{"dictionary.products": "sparse"})
         forwards[case] = noted.pop("forward")
     torch.save((results, forwards), f"{sys.argv[5]}/rank_{rank}.pt")

@@ -128,6 +128,9 @@ def test_a_target_out_of_reach_and_gates_without_thresholds_are_refused(trained)
     config = trained("batchtopk")
     with pytest.raises(UserError, match="ReLU has no threshold to find; allowed: topk, batchtopk, jumprelu"):
         convert_dictionary(relu, config, store.open_store(config.source.path), None, **NO_OPTIONS)
+    signed = make.dictionary(wiring.clt([0, 1], 6), {"kind": "topk", "k": 2, "rank_by": "zscore"}).float()
+    with pytest.raises(UserError, match="rank_by: zscore keeps pre-activations of any sign"):
+        convert_dictionary(signed, config, store.open_store(config.source.path), None, **NO_OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["batchtopk_norm", "topk_group"])

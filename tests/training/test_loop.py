@@ -49,9 +49,14 @@ def final_state(config):
             "dictionary.gate": {"kind": "jumprelu"},
             "train.loss": {"sparsity": {"kind": "tanh", "coefficient": 0.1}, "preactivation": 1e-3},
         },
+        {
+            "dictionary.gate": {"kind": "hard_concrete", "final_beta": 0.2},
+            "train.loss": {"sparsity": {"kind": "l0", "coefficient": 0.1}},
+        },
+        {"dictionary.gate": {"kind": "batchtopk", "k": 3, "rank_by": "zscore", "threshold_start": 3}},
         {"dictionary.features": 1024, "train.optimizer": {"states": "int8"}, "train.clip_norm": 0.1},
     ],
-    ids=["batchtopk", "jumprelu", "8-bit moments"],
+    ids=["batchtopk", "jumprelu", "hard_concrete", "zscore", "8-bit moments"],
 )
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(small_run, tmp_path, gate):
     whole = small_run({**gate, "out": str(tmp_path / "whole")})

@@ -28,6 +28,11 @@ WIRINGS = [
     {"kind": "crosscoder", "causality": "strict"},
 ]
 
+GATES = [
+    {"kind": "topk", "k": 3},
+    *({"kind": k} for k in ("jumprelu", "gated", "hard_concrete", "gated_hard_concrete")),
+]
+
 
 def settings(**changes):
     return load_config(QUICKSTART, changes)
@@ -38,9 +43,11 @@ def work_of(config, layers=4, width=16, active=None) -> plan.Work:
 
 
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
-@pytest.mark.parametrize("gate", [{"kind": "topk", "k": 3}, {"kind": "jumprelu"}], ids=lambda g: g["kind"])
+@pytest.mark.parametrize("gate", GATES, ids=str)
 def test_parameters_and_states_are_those_of_the_real_thing(wiring, gate):
-    config = settings(**{"dictionary.wiring": wiring, "dictionary.gate": gate, "dictionary.features": 24})
+    config = settings(
+        **{"dictionary.wiring": wiring, "dictionary.gate": gate, "dictionary.features": 24, "train.loss": {}}
+    )
     made = build(config.dictionary, make_wiring(config.dictionary.wiring, 4, 16), 0, Shards())
     load = work_of(config)
     assert load.parameters == sum(p.numel() for p in made.parameters())

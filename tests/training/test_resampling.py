@@ -232,3 +232,22 @@ def test_resampling_leaves_fewer_features_dead(small_run):
     resampled = train_alone(small_run(changes))  # for the last time after step 9 of 12, 120 tokens before the end
     assert plain["dead_features"] > 0.5
     assert resampled["dead_features"] < 0.5 * plain["dead_features"]
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "gated_hard_concrete", "gated"])
+def test_gates_of_more_parameters_start_anew_as_at_the_start(gate):
+    loss = {} if gate == "gated" else {"sparsity": {"kind": "l0", "coefficient": 0.1}}
+    made = learner({"kind": gate} | ({} if gate == "gated" else {"alpha": -0.5}), loss=loss)
+    fresh = dict(build(made.config.dictionary, CLT, 3, Shards()).named_parameters())
+    before = {name: p.detach().clone() for name, p in made.dictionary.named_parameters()}
+    assert resample(made, lambda: iter(cases.batches(CLT)[:2])) == 4
+    for g, which in enumerate([[1, 4, 7], [0]]):
+        alive = [i for i in range(10) if i not in which]
+        own = [name for name in before if name.startswith(("gate.", f"groups.{g}.b_enc")) and f".{g}" in name]
+        assert len(own) >= 3
+        for name in own:
+            now = made.parameters[name].detach()
+            assert torch.equal(now[alive], before[name][alive]), name
+            assert not torch.equal(now[which], before[name][which]), name
+            want = made.dictionary.groups[g].W_enc[which] if "W_mag" in name else fresh[name][which].double()
+            torch.testing.assert_close(now[which], want, msg=name)

@@ -17,6 +17,7 @@ from xlc_ray.config.activations import BaseOf, Generate, Model, StoreSource, Tex
 from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
+from xlc_ray.config.gate_losses import check_gate
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
 __all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
@@ -76,10 +77,12 @@ class Config(Settings):
         pooled = gate if isinstance(gate, TopKGate | BatchTopKGate) and gate.pool == "group" else None
         if pooled and pooled.k > self.dictionary.features:
             raise ValueError(f"dictionary.gate.k: {pooled.k} exceeds dictionary.features = {self.dictionary.features}")
-        if loss.sparsity and loss.sparsity.kind == "l0" and gate.kind != "jumprelu":
-            raise ValueError(f"train.loss.sparsity.kind: l0 needs the gate jumprelu, not {gate.kind}; use l1 or tanh")
-        if loss.sparsity and loss.sparsity.target_l0 and loss.sparsity.kind != "l0":
-            raise ValueError("train.loss.sparsity.target_l0: only with kind l0")
+        if loss.matryoshka and 1 / self.dictionary.features > min(loss.matryoshka.prefixes):
+            raise ValueError(
+                f"train.loss.matryoshka.prefixes: {min(loss.matryoshka.prefixes):g} of dictionary.features = "
+                f"{self.dictionary.features} is less than one feature"
+            )
+        check_gate(gate, loss)
         if loss.auxk and loss.ghost:
             raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
         if self.train.resample and getattr(self.dictionary.wiring, "tied", None) == "per_target":

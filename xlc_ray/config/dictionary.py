@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from xlc_ray.config.base import Layers, Settings
+from xlc_ray.config.base import Fraction, Layers, Settings
+
+Path = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
 class SaeWiring(Settings):
@@ -79,8 +81,22 @@ class ModelDiffWiring(Settings):
     """The layer, in both models."""
 
 
+class CustomWiring(Settings):
+    """A wiring of your own: a function (layers, width, **options) that returns an xlc_ray.dictionary.Wiring."""
+
+    kind: Literal["custom"] = "custom"
+    """The tag of this wiring."""
+    path: Path
+    """module:function; the module is importable, or in the working directory."""
+    options: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Handed to the function by name."""
+    layers: Layers = "all"
+    """Layers: all, or a list."""
+
+
 Wiring = Annotated[
-    SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring | ModelDiffWiring, Field(discriminator="kind")
+    SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring | ModelDiffWiring | CustomWiring,
+    Field(discriminator="kind"),
 ]
 
 
@@ -100,8 +116,55 @@ class JumpReluGate(Settings):
     """Initial threshold."""
     bandwidth: Annotated[float, Field(gt=0)] = 2.0
     """Width of the rectangle kernel of the straight-through gradient."""
-    parameterisation: Literal["log", "direct"] = "log"
-    """log: theta = exp(t), step's gradient to all (Anthropic 2025); direct: to theta only (Rajamanoharan 2024)."""
+    parameterisation: Literal["log", "direct", "crosslayer"] = "log"
+    """log: theta = exp(t), step's gradient to all (Anthropic 2025); direct: to theta only (Rajamanoharan 2024);
+    crosslayer: as crosslayer-coding, theta = exp(t), its gradient with pre in place of theta (bandwidth 1 there)."""
+
+
+class GatedGate(Settings):
+    """Active where pi = pre + b_gate > 0, with strength ReLU(e^r pre + b_mag) (Rajamanoharan 2024).
+
+    l1, tanh and lp penalise ReLU(pi), not f. Use with unit_norm, or with penalties weighted by decoder norms."""
+
+    kind: Literal["gated"] = "gated"
+    """The tag of this gate."""
+    auxiliary: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the reconstruction from ReLU(pi) by the frozen decoder, without which the gate learns nothing."""
+
+
+class ConcreteSettings(Settings):
+    """A random gate z between 0 and 1 multiplies each feature; the penalty l0 is the expected number of open ones."""
+
+    gamma: Annotated[float, Field(lt=0)] = -0.1
+    """z is stretched to (gamma, zeta), then cut to [0, 1]."""
+    zeta: Annotated[float, Field(gt=1)] = 1.1
+    """Upper end of the stretch."""
+    alpha: float = 0.0
+    """Start of the gates' log-odds (of their bias, where they read the input)."""
+    beta: Annotated[float, Field(gt=0)] = 0.5
+    """Temperature at the start."""
+    final_beta: Annotated[float, Field(gt=0)] | None = None
+    """Temperature at the end, reached exponentially; null = constant."""
+    beta_hold: Fraction = 0.1
+    """Share of the run before the temperature moves."""
+
+
+class HardConcreteGate(ConcreteSettings):
+    """f = z m with a hard-concrete gate z and a magnitude m of any sign (Louizos 2017). Use with unit_norm."""
+
+    kind: Literal["hard_concrete"] = "hard_concrete"
+    """The tag of this gate."""
+    input_dependent: bool = True
+    """Gates read the input by a second encoder; else each feature has one free parameter."""
+
+
+class GatedHardConcreteGate(ConcreteSettings):
+    """f = z ReLU(e^r pre + b_mag) with a hard-concrete gate z of pre + b_gate. Use with unit_norm."""
+
+    kind: Literal["gated_hard_concrete"] = "gated_hard_concrete"
+    """The tag of this gate."""
+    auxiliary: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the reconstruction from z alone by the frozen decoder."""
 
 
 class TopKGate(Settings):
@@ -113,8 +176,9 @@ class TopKGate(Settings):
     """Active features a token: of each group, or of all groups together (`pool`)."""
     pool: Literal["group", "all"] = "all"
     """group: k a token and group; all: k a token, shared by all groups."""
-    rank_by: Literal["activation", "decoder_norm"] = "activation"
-    """Compare activations as they are, or times their decoder row's norm."""
+    rank_by: Literal["activation", "decoder_norm", "zscore"] = "activation"
+    """Compare activations as they are; times their decoder row's norm; or z-scores over the batch's tokens, of which
+    pre-activations of any sign are kept (as crosslayer-coding)."""
     threshold_start: Annotated[int, Field(ge=0)] = 100
     """Training step from which the inference threshold of a pool over groups is averaged."""
     threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -130,15 +194,37 @@ class BatchTopKGate(Settings):
     """Mean active features a token: of each group, or of all groups together (`pool`)."""
     pool: Literal["group", "all"] = "all"
     """group: a budget for each group; all: one budget for the dictionary."""
-    rank_by: Literal["activation", "decoder_norm"] = "activation"
-    """Compare activations as they are, or times their decoder row's norm."""
+    rank_by: Literal["activation", "decoder_norm", "zscore"] = "activation"
+    """Compare activations as they are; times their decoder row's norm; or z-scores over the batch's tokens, of which
+    pre-activations of any sign are kept (as crosslayer-coding)."""
     threshold_start: Annotated[int, Field(ge=0)] = 1000
     """Training step from which the inference threshold is averaged (until then it is the last batch's)."""
     threshold_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of that average."""
 
 
-Gate = Annotated[ReluGate | JumpReluGate | TopKGate | BatchTopKGate, Field(discriminator="kind")]
+class CustomGate(Settings):
+    """A gate of your own: a subclass of xlc_ray.dictionary.gates.Gate, made with (sizes, shards, **options)."""
+
+    kind: Literal["custom"] = "custom"
+    """The tag of this gate."""
+    path: Path
+    """module:Class; the module is importable, or in the working directory."""
+    options: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Handed to the class by name."""
+
+
+Gate = Annotated[
+    ReluGate
+    | JumpReluGate
+    | GatedGate
+    | HardConcreteGate
+    | GatedHardConcreteGate
+    | TopKGate
+    | BatchTopKGate
+    | CustomGate,
+    Field(discriminator="kind"),
+]
 
 
 class Normalization(Settings):

@@ -56,8 +56,9 @@ Schedule = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
 class Sparsity(Settings):
     """A penalty on features, summed over features and averaged over tokens."""
 
-    kind: Literal["l1", "tanh", "l0"]
-    """l1: f n; tanh: tanh(c f n); l0: the step 1[pre > theta] (jumprelu only). n = norm of the decoder row."""
+    kind: Literal["l1", "tanh", "lp", "l0"]
+    """l1: f n; tanh: tanh(c f n); lp: (f n)^p; l0: the number of active features, with the gradient that the gate
+    gives it (jumprelu, hard_concrete, gated_hard_concrete). n = norm of the decoder row."""
     coefficient: Annotated[float, Field(ge=0)]
     """Weight of the penalty, lambda."""
     schedule: Schedule = Constant()
@@ -65,7 +66,13 @@ class Sparsity(Settings):
     c: Annotated[float, Field(gt=0)] = 4.0
     """Steepness of tanh."""
     decoder_norm: bool = True
-    """Weight l1 and tanh by the decoder row's norm."""
+    """Weight l1, tanh and lp by the decoder row's norm."""
+    p_end: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """With lp: p falls linearly from 1 to this over the run (Karvonen 2024)."""
+    p_hold: Fraction = 0.0
+    """With lp: share of the run before p moves."""
+    keep_strength: bool = True
+    """With lp: scale the penalty to what l1 would be on the same batch, so that its strength does not change with p."""
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """With l0: penalise (L0 / target - 1)^2 instead of L0; L0 counts all groups."""
 
@@ -77,6 +84,21 @@ class AuxK(Settings):
     """Weight of the auxiliary loss."""
     k: Annotated[int, Field(ge=1)] | None = None
     """Dead features used a token and group; null = half the width of a written site."""
+
+
+class Matryoshka(Settings):
+    """Each prefix of a group's features is trained to reconstruct alone (Bussmann et al. 2025)."""
+
+    prefixes: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=2)]
+    """Shares of each group's features, rising to 1."""
+    combine: Literal["mean", "sum"] = "mean"
+    """Mean or sum of the prefixes' reconstruction errors."""
+
+    @model_validator(mode="after")
+    def _rises_to_one(self) -> Matryoshka:
+        if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1] != 1:
+            raise ValueError(f"prefixes = {list(self.prefixes)} must rise, and end with 1")
+        return self
 
 
 class Ghost(Settings):
@@ -106,6 +128,8 @@ class Loss(Settings):
     """Weight of sum ReLU(theta - pre) n, which pulls dead features back."""
     auxk: AuxK | None = None
     """Auxiliary loss of dead features."""
+    matryoshka: Matryoshka | None = None
+    """Nested dictionaries; null = one."""
     ghost: Ghost | None = None
     """Ghost gradients of dead features, instead of auxk."""
     connection: Connection | None = None

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from xlc_ray.config import UserError
 from xlc_ray.config import dictionary as settings
-from xlc_ray.dictionary import gates, wiring
+from xlc_ray.dictionary import custom, gates, hard_concrete, wiring
 from xlc_ray.dictionary.dictionary import Dictionary
+from xlc_ray.dictionary.gated import Gated
 from xlc_ray.dictionary.normalization import affine
 from xlc_ray.dictionary.shards import Shards
 from xlc_ray.dictionary.wiring import Wiring
@@ -37,6 +38,8 @@ def make_wiring(config: settings.Wiring, num_layers: int, width: int, base_width
             return wiring.crosscoder([f"{site}.{n}" for n in layers], width, causality)
         case settings.ModelDiffWiring(site=site):
             return wiring.model_diff(f"{site}.{layers[0]}", width, base_width or width)
+        case settings.CustomWiring(path=path, options=options):
+            return custom.wiring(path, options, list(layers), width)
 
 
 def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.Gate:
@@ -45,7 +48,15 @@ def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.
         case settings.ReluGate():
             return gates.ReLU(sizes, shards)
         case settings.JumpReluGate(threshold=threshold, bandwidth=bandwidth, parameterisation=kind):
-            return gates.JumpReLU(sizes, shards, threshold, bandwidth, kind == "log")
+            return gates.JumpReLU(sizes, shards, threshold, bandwidth, kind)
+        case settings.GatedGate(auxiliary=auxiliary):
+            return Gated(sizes, shards, auxiliary)
+        case settings.HardConcreteGate(input_dependent=by_input):
+            return hard_concrete.HardConcrete(sizes, shards, _concrete(config), by_input)
+        case settings.GatedHardConcreteGate(auxiliary=auxiliary):
+            return hard_concrete.GatedHardConcrete(sizes, shards, _concrete(config), auxiliary)
+        case settings.CustomGate(path=path, options=options):
+            return custom.gate(path, options, sizes, shards)
         case settings.TopKGate() | settings.BatchTopKGate():
             return gates.TopK(
                 sizes,
@@ -54,9 +65,15 @@ def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.
                 over_batch=config.kind == "batchtopk",
                 over_groups=config.pool == "all" and len(sizes) > 1,
                 by_norm=config.rank_by == "decoder_norm",
+                by_zscore=config.rank_by == "zscore",
                 start=config.threshold_start,
                 decay=config.threshold_decay,
             )
+
+
+def _concrete(config: settings.HardConcreteGate | settings.GatedHardConcreteGate) -> hard_concrete.Shape:
+    last = config.beta if config.final_beta is None else config.final_beta
+    return hard_concrete.Shape(config.gamma, config.zeta, config.alpha, config.beta, last, config.beta_hold)
 
 
 def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards) -> Dictionary:
@@ -79,6 +96,8 @@ def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards)
         tied = config.tie_encoder_init and wires.reads[g] == wires.writes[g]
         norm = 1.0 if config.unit_norm else config.decoder_norm / tied_sites(wires, g) ** 0.5
         group.initialise(seed, g, shards.bounds(sizes[g])[0], norm, tied)
+    first = [shards.bounds(n)[0] for n in sizes]
+    dictionary.gate.initialise(seed, first, [(group.W_enc, group.b_enc) for group in dictionary.groups])
     return dictionary
 
 

@@ -11,6 +11,7 @@ Shapes: B tokens, F features of a group on this rank, R / W summed width of site
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from xlc_ray.dictionary import tied
 from xlc_ray.dictionary.features import Chosen, Features
 from xlc_ray.dictionary.gates import Gate, Selected
+from xlc_ray.dictionary.nested import Cuts, decode_parts
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
-from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, sparse_pays
+from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, linear_at, sparse_pays
 from xlc_ray.dictionary.wiring import Spans, Tying, Wiring
 
 GHOST = 30.0  # dead pre-activations beyond this no longer grow under exp, which would overflow
@@ -70,6 +72,12 @@ class FeatureGroup(nn.Module):
     def norms(self) -> Float[Tensor, "F"]:
         """Norm of each row of W_dec. Its gradient at a zero row is zero."""
         return torch.linalg.vector_norm(self.W_dec, dim=1)
+
+    def frozen(self) -> FeatureGroup:
+        """The same group of the same memory, through which no gradient reaches the parameters."""
+        made = copy.copy(self)
+        vars(made)["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
+        return made
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,8 @@ class Dictionary(nn.Module):
         self, x: Float[Tensor, "B R"], dead: DeadFeatures | None = None, norms: bool = False, pre: bool = False
     ) -> Encoding:
         """Features, and on demand what the loss needs besides. One small collective at most, as a rule."""
+        if self.training:
+            self.gate.start_pass()
         wanted = norms or self.gate.needs_norms
         with torch.no_grad():
             lengths = [self.norms(g) for g in range(self.wiring.groups)] if wanted else None
@@ -188,20 +198,36 @@ class Dictionary(nn.Module):
         return self.decode_all([features], x)[0][0]
 
     def decode_all(
-        self, codes: list[Sequence[Features]], x: Float[Tensor, "B R"], norms: list[Tensor] | None = None
+        self,
+        codes: Sequence[Sequence[Features]],
+        x: Float[Tensor, "B R"],
+        norms: list[Tensor] | None = None,
+        cuts: Cuts | None = None,
+        frozen: Sequence[Sequence[Features]] = (),
     ) -> tuple[list[Float[Tensor, "B W"]], list[Tensor] | None]:
-        """Σ_g f_g W_dec_g of each code with one all-reduce; bias and skip are added to the first only.
+        """Σ_g f_g W_dec_g of each code, then of each `frozen` one (the decoder without gradient), with one all-reduce.
+
+        The offset is added to the first only. With `cuts` (nested.py) the first code gives one reconstruction a prefix,
+        of which the last is the whole.
 
         Also the decoder norms of an `Encoding`, now with gradient, which is computed together with that of the first
         code: a penalty on norms then takes no pass of its own over the weights and their gradient."""
-        found = [self._partial(code, None if i else norms) for i, code in enumerate(codes)]
-        parts = [part for part, _ in found]
-        whole = self.shards.sum(torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0))
-        first = whole[0] + self.b_dec
-        if self.wiring.skip:
-            linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
-            first = first + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
-        return [first, *whole[1:]], found[0][1]
+        first, norms = self._partial(codes[0], norms, cuts)
+        parts = [first, *(self._partial(code)[0] for code in codes[1:])]
+        parts += [self._partial(code, frozen=True)[0] for code in frozen]
+        whole = self.shards.sum(torch.cat(parts) if len(parts) > 1 else first)
+        count = len(cuts[0]) if cuts else 1
+        each = whole.view(count + len(parts) - 1, x.shape[0], whole.shape[1])
+        prefixes = each[:count].cumsum(dim=0) if count > 1 else each[:1]
+        offset = self.offset(x)
+        return [*(prefix + offset for prefix in prefixes), *each[count:]], norms
+
+    def offset(self, x: Float[Tensor, "B R"]) -> Tensor:
+        """What is added to the features' part: b_dec [W], and with skip connections x W_skipᵀ [B, W]."""
+        if not self.wiring.skip:
+            return self.b_dec
+        linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+        return self.b_dec + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
 
     def reconstruct(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> dict[str, Float[Tensor, "B _"]]:
         """Written sites from read ones, both in the model's own units."""
@@ -224,7 +250,8 @@ class Dictionary(nn.Module):
         picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]
         assert picked is not None
         support = Support(picked.entry, (pre.shape[0], pre.shape[1]))
-        return Features(support.dense(self.gate.activate(pre.flatten()[picked.entry], g, support.feature)), pre)
+        values = self._values(g, x, pre.flatten()[picked.entry], support)
+        return Features(support.dense(values), pre)
 
     def decode_site(
         self, site: str, features: Mapping[int, Features], activations: Mapping[str, Float[Tensor, "B _"]]
@@ -288,21 +315,31 @@ class Dictionary(nn.Module):
         size = x.shape[0] * group.b_enc.shape[0]
         if place not in memory or memory[place].numel() < size:
             memory[place] = group.b_enc.new_empty(size)
-        out = memory[place][:size].view(x.shape[0], -1)
+        out = memory[place][:size].view(x.shape[0], group.b_enc.shape[0])
         return torch.addmm(group.b_enc, _columns(x, self._reads[g]), group.W_enc.T, out=out)
 
     def _features(self, g: int, x: Tensor, picked: Picked | None, whole: list[Tensor] | None) -> Features:
         entries = x.shape[0] * self.groups[g].b_enc.shape[0]
         if picked is not None and sparse_pays(self.products, picked.entry.numel(), entries, x.device):
             support, pre = self._entries(g, x, picked.entry, picked.pre)
-            return Features(self.gate.activate(pre, g, support.feature), pre, support)
+            return Features(self._values(g, _columns(x, self._reads[g]), pre, support), pre, support)
         pre = whole[g] if whole else self._preactivations(g, x)
         if not self.gate.ranks:
-            return Features(self.gate.activate(pre, g, None), pre)
+            return Features(self._values(g, _columns(x, self._reads[g]), pre, None), pre)
         assert picked is not None
         mask = torch.zeros_like(pre, dtype=torch.bool)
         mask.view(-1)[picked.entry] = True
         return Features(pre.where(mask, 0), pre)
+
+    def _values(self, g: int, own: Tensor, pre: Tensor, support: Support | None) -> Tensor:
+        """f at all entries or at those of a support; `own`: the columns of x that group g reads."""
+        values = self.gate.activate(pre, g, support)
+        if (second := self.gate.magnitude(g)) is None:
+            return values
+        if support:
+            return values * linear_at(own, *second, support)
+        with self._reduced_precision():
+            return values * nnf.linear(own, *second).to(values.dtype)
 
     def _entries(self, g: int, x: Tensor, entry: Tensor, pre: Tensor) -> tuple[Support, Tensor]:
         """The support of some entries, and the pre-activations there with gradient."""
@@ -333,16 +370,25 @@ class Dictionary(nn.Module):
         pre = nnf.linear(_columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
         return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
 
-    def _partial(self, features: Sequence[Features], norms: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+    def _partial(
+        self,
+        features: Sequence[Features],
+        norms: list[Tensor] | None = None,
+        cuts: Cuts | None = None,
+        frozen: bool = False,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """What this rank's features add to ŷ, and the norms with gradient if given."""
+        groups = [group.frozen() if frozen else group for group in self.groups]
+        width, none = self.b_dec.shape[0], [None] * len(features)
         if self.wiring.tied:
             with self._reduced_precision():
-                spans, outs = tied.decode(self.wiring, self.groups, features)
+                spans, outs = tied.decode(self.wiring, groups, features, cuts or none)
             lengths = [self.norms(g) for g in range(len(features))] if norms else None
-            return _AddColumns.apply(self.b_dec.shape[0], spans, *outs), lengths
-        known = norms or [None] * len(features)
+            return _AddColumns.apply(width, spans, *outs), lengths
+        each = zip(features, groups, cuts or none, norms or none, strict=True)
         with self._reduced_precision():
-            made = [f.decode(g.W_dec, n) for f, g, n in zip(features, self.groups, known, strict=True)]
-        whole = _AddColumns.apply(self.b_dec.shape[0], self._writes, *[y for y, _ in made])
+            made = [decode_parts(f, group.W_dec, stops, n) for f, group, stops, n in each]
+        whole = _AddColumns.apply(width, self._writes, *[y for y, _ in made])
         return whole, [n for _, n in made if n is not None] if norms else None
 
 

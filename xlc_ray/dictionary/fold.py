@@ -6,7 +6,8 @@ With x = (a - μ_r) / s_r read and ŷ s_w + μ_w written,
     W_dec  ← W_dec s_w            b_dec ← b_dec s_w + μ_w - Σ_g s_w (W_skip_g / s_r) μ_r
     W_skip ← s_w W_skip / s_r
 
-so that pre-activations, thresholds and features keep the dictionary's units, and only activations are raw.
+(a gate's second encoder as the first), so that pre-activations, thresholds and features keep the dictionary's units,
+and only activations are raw.
 
 Decoder norms fold too, into the features: with n_i = ‖W_dec_i‖
 
@@ -50,9 +51,10 @@ def fold(dictionary: Dictionary) -> Dictionary:
     for g, group in enumerate(folded.groups):
         assert isinstance(group, FeatureGroup)
         read, written = _columns(wires.read_spans(g)), _columns(wires.write_spans(g))
-        encoder = group.W_enc.double() / read_scale[read]
-        group.b_enc.copy_(group.b_enc.double() - encoder @ read_mean[read])
-        group.W_enc.copy_(encoder)
+        for weight, offset in filter(None, [(group.W_enc, group.b_enc), folded.gate.magnitude(g)]):
+            encoder = weight.double() / read_scale[read]
+            offset.copy_(offset.double() - encoder @ read_mean[read])
+            weight.copy_(encoder)
         group.W_dec.copy_(group.W_dec.double() * write_scale[written])
         if wires.skip:
             linear = folded.W_skip[g].double() * write_scale[written].unsqueeze(1) / read_scale[read]
@@ -91,13 +93,14 @@ def _scale_gate(gate: Gate, norms: list[torch.Tensor]) -> None:
             theta.copy_(theta.double() + norm.where(norm > 0, 1).log() if gate.log else theta.double() * norm)
     elif isinstance(gate, TopK) and gate.needs_norms:
         gate.needs_norms = False
-    elif isinstance(gate, TopK):
+    elif isinstance(gate, TopK) and not gate.zscores:
         raise UserError(
             "dictionary.gate.rank_by: activation compares activations, which folding the decoder norms changes; "
             "allowed: decoder_norm, or convert to jumprelu first"
         )
     elif type(gate) is not ReLU:
-        raise UserError(f"dictionary.gate: decoder norms fold into jumprelu, relu and topk, not {type(gate).__name__}")
+        kind = "rank_by: zscore" if isinstance(gate, TopK) else type(gate).__name__
+        raise UserError(f"dictionary.gate: decoder norms fold into jumprelu, relu and topk, not {kind}")
 
 
 @torch.no_grad()

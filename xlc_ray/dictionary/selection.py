@@ -90,12 +90,17 @@ def take(tile: Tile, score: Float[Tensor, "b F"], mask: Bool[Tensor, "b F"]) -> 
 
 def above(tiles: Tiles, lower: Callable[[int], Tensor | float], most: float) -> dict[int, Picked | None]:
     """Entries with pre > lower(g) ([F] or a number); None for a group where they are more than the share `most`."""
+    return chosen(tiles, lambda tile: tile.pre > lower(tile.g), most)
+
+
+def chosen(tiles: Tiles, test: Callable[[Tile], Tensor], most: float) -> dict[int, Picked | None]:
+    """Entries that pass a test (tile → mask [b, F]); None for a group where they are more than the share `most`."""
     found: dict[int, list[Picked] | None] = {}
     for tile in tiles(False):
         parts = found.setdefault(tile.g, [])
         if parts is None:
             continue
-        mask = tile.pre > lower(tile.g)
+        mask = test(tile)
         if int(mask.sum()) > most * mask.numel():
             found[tile.g] = None
         else:

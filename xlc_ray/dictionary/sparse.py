@@ -99,6 +99,16 @@ def encode_at(
     return pre
 
 
+def linear_at(
+    x: Float[Tensor, "B R"], W: Float[Tensor, "F R"], b: Float[Tensor, "F"], support: Support
+) -> Float[Tensor, "n"]:
+    """x Wᵀ + b at the support only. Gradients to W and b."""
+    rows = x.to(W.dtype).contiguous()
+    with torch.no_grad():
+        known = dots(rows, W, support.by_token, support.token, support.feature) + b[support.feature]
+    return encode_at(rows, W, b, support, known)
+
+
 @torch.library.custom_op("xlc::decode", mutates_args=())
 def _decode(
     values: Tensor,

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary.nested import decode_parts
 from xlc_ray.dictionary.wiring import Spans, Wiring
 
 if TYPE_CHECKING:
@@ -44,24 +45,29 @@ def norms(wiring: Wiring, groups: Groups, g: int) -> Float[Tensor, "F"]:
     return torch.linalg.vector_norm(torch.stack(found), dim=0)
 
 
-def decode(wiring: Wiring, groups: Groups, code: Sequence[Features]) -> tuple[list[Spans], list[Tensor]]:
-    """The parts [B, d] of ŷ, and the columns of each: this rank's features only."""
+def decode(
+    wiring: Wiring, groups: Groups, code: Sequence[Features], cuts: Sequence[list[int] | None]
+) -> tuple[list[Spans], list[Tensor]]:
+    """The summands [B, d] of ŷ, and the columns of each: this rank's features only. `cuts`: of each group as for
+    `nested.decode_parts`."""
     assert wiring.tied is not None
     columns = wiring.columns(wiring.written_sites)
     once = wiring.tied.by == "per_source" and not (wiring.tied.scale or wiring.tied.offset)
     spans, parts = [], []
-    for g, features in enumerate(code):
-        same = features.decode(groups[g].W_dec)[0] if once else None  # the same at every target
+    for g, (features, stops) in enumerate(zip(code, cuts, strict=True)):
+        same = decode_parts(features, groups[g].W_dec, stops)[0] if once else None  # the same at every target
         for site in wiring.writes[g]:
             spans.append((columns[site],))
-            parts.append(decode_site(wiring, groups, g, site, features) if same is None else same)
+            parts.append(decode_site(wiring, groups, g, site, features, stops) if same is None else same)
     return spans, parts
 
 
-def decode_site(wiring: Wiring, groups: Groups, g: int, site: str, features: Features) -> Float[Tensor, "B d"]:
-    """What features of group g add to one site."""
+def decode_site(
+    wiring: Wiring, groups: Groups, g: int, site: str, features: Features, stops: list[int] | None = None
+) -> Float[Tensor, "PB d"]:
+    """What features of group g add to one site; with `stops` each part of them."""
     owner, target = _places(wiring, groups, g, site)
-    return _at(features, target).decode(owner.W_dec)[0]
+    return decode_parts(_at(features, target), owner.W_dec, stops)[0]
 
 
 def _places(wiring: Wiring, groups: Groups, g: int, site: str) -> tuple[FeatureGroup, FeatureGroup]:

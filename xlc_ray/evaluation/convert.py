@@ -105,6 +105,11 @@ def _check(dictionary: Dictionary, training: Store, target_l0: float | None, tol
             f"convert: the gate {type(dictionary.gate).__name__} has no threshold to find; "
             "allowed: topk, batchtopk, jumprelu"
         )
+    if isinstance(dictionary.gate, TopK) and dictionary.gate.zscores:
+        raise UserError(
+            "dictionary.gate.rank_by: zscore keeps pre-activations of any sign, which jumprelu cannot; "
+            "allowed: activation, decoder_norm"
+        )
     if not tolerance > 0:
         raise UserError(f"--tolerance: {tolerance:g} should be greater than 0")
     if target_l0 is not None and not target_l0 > 0:

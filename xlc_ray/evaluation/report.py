@@ -37,6 +37,7 @@ WIRINGS = {
     "clt": "Cross-layer transcoder",
     "crosscoder": "Crosscoder",
     "model_diff": "Model-diff crosscoder",
+    "custom": "Custom dictionary",
 }
 MAIN_CURVES = (
     ("loss", "Loss"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xlc_ray.config import UserError
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Dictionary, Wiring, gates
-from xlc_ray.dictionary.fold import fold
+from xlc_ray.dictionary.fold import fold, untie
 from xlc_ray.dictionary.selection import LEAST
 from xlc_ray.dictionary.shards import Shards
 
@@ -32,12 +32,15 @@ def plain(dictionary: Dictionary) -> Dictionary:
     Features and reconstructions are equal, but that a TopK which ranks by decoder norm gets unit decoder rows, so that
     its features are in units of n_i. Raises UserError for a gate that no format knows.
     """
+    dictionary = untie(dictionary) if dictionary.wiring.tied else dictionary
     gate, parts = dictionary.gate, [(g.W_enc, g.b_enc, g.W_dec) for g in dictionary.groups]
     match gate:
         case gates.ReLU():
             simple: gates.Gate = gates.ReLU(dictionary.sizes, Shards())
         case gates.JumpReLU():
             simple = jumprelu([gate.threshold(g).detach() for g in range(len(parts))])
+        case gates.TopK() if gate.zscores:
+            raise UserError("export: no format here ranks by z-scores; the run itself can be loaded")
         case gates.TopK(shared=True):
             simple = jumprelu([_inference_threshold(gate, g, part[2]) for g, part in enumerate(parts)])
         case gates.TopK():
@@ -105,7 +108,7 @@ def _put(where: str, module: object, name: str, value: Tensor, what: str) -> Non
 def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
     """The gate with these thresholds [F], none below 0."""
     own = settings.JumpReluGate()
-    gate = gates.JumpReLU([len(t) for t in thresholds], Shards(), own.threshold, own.bandwidth, log=False)
+    gate = gates.JumpReLU([len(t) for t in thresholds], Shards(), own.threshold, own.bandwidth, "direct")
     for parameter, value in zip(gate.raw_threshold, thresholds, strict=True):
         parameter.data = value.detach().clamp(min=0).to(torch.promote_types(value.dtype, torch.float32))
     return gate
@@ -114,13 +117,13 @@ def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
 def topk(sizes: list[int], k: int) -> gates.TopK:
     """The k largest of each token and group."""
     own = settings.TopKGate(k=k)
-    return gates.TopK(sizes, Shards(), k, False, False, False, own.threshold_start, own.threshold_decay)
+    return gates.TopK(sizes, Shards(), k, False, False, False, False, own.threshold_start, own.threshold_decay)
 
 
 def batchtopk(sizes: list[int], k: int, thresholds: Tensor) -> gates.TopK:
     """k a token and group on average over the batch; `thresholds` [groups]: those of inference."""
     own = settings.BatchTopKGate(k=k)
-    gate = gates.TopK(sizes, Shards(), k, True, False, False, own.threshold_start, own.threshold_decay)
+    gate = gates.TopK(sizes, Shards(), k, True, False, False, False, own.threshold_start, own.threshold_decay)
     gate.inference_threshold.copy_(thresholds.clamp(min=0))
     return gate
 

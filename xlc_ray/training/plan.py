@@ -24,6 +24,7 @@ from xlc_ray.dictionary.sparse import BREAK_EVEN
 from xlc_ray.dictionary.wiring import Wiring
 from xlc_ray.training.machine import GB, Machine
 
+ROWS = {"jumprelu": 1, "gated": 3, "hard_concrete": 1, "gated_hard_concrete": 3}  # parameters a feature of a gate
 ASSUMED_ACTIVE = 64  # features a token and group, where the gate does not say
 PROCESS = 0.7 * GB  # what a rank holds besides: the interpreter and torch
 USABLE = 0.92  # of a device's memory
@@ -106,8 +107,9 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
         groups.append(Group(d.features, *widths, active_here, sparse))
     written = wires.width(wires.written_sites)
     skips = sum(wires.width(r) * wires.width(w) for r, w in zip(wires.reads, wires.writes, strict=True))
-    a_feature = (gate.kind == "jumprelu") + (wires.tied.scale + wires.tied.offset if wires.tied else 0)
-    extra = written + (skips if wires.skip else 0) + d.features * wires.groups * a_feature
+    a_feature = ROWS.get(gate.kind, 0) + (wires.tied.scale + wires.tied.offset if wires.tied else 0)
+    second = sum(wires.width(reads) for reads in wires.reads) if getattr(gate, "input_dependent", False) else 0
+    extra = written + (skips if wires.skip else 0) + d.features * (wires.groups * a_feature + second)
     return Work(
         tuple(groups),
         train.batch_tokens,

@@ -1,7 +1,7 @@
 """Resampling: dead features start anew on what is badly reconstructed (Bricken et al. 2023, "neuron resampling").
 
     row b of a sample drawn with probability ∝ ‖y_b - ŷ_b‖⁴ (its loss, squared), another for every dead feature
-    W_enc ← scale · n̄_enc · x_b / ‖x_b‖      b_enc ← 0      gate ← its start       n̄: mean norm of living features' rows
+    W_enc ← scale · n̄_enc · x_b / ‖x_b‖      b_enc, gate ← as at the start    n̄: mean norm of living features' rows
     W_dec ← n̄_dec · v / ‖v‖                  v = y_b - ŷ_b, or y_b - b_dec (in the columns that the group writes)
 
 The optimizer's moments of those features become zero, their counters of silence too. All ranks see the same sample and
@@ -48,10 +48,14 @@ def resample(learner: Learner, sample: Sample) -> int:
     rows = draw(loss.cpu().numpy(), int(dead.sum()), learner.config.seed, learner.step)
     own = _own_rows(rows, dead, learner.shards.rank)
     started = _starts(learner, sample, own)
-    for g, (mask, mine) in enumerate(zip(masks, own, strict=True)):
-        which = mask.nonzero().squeeze(1)[torch.from_numpy(mine >= 0).to(mask.device)]
+    new = [
+        mask.nonzero().squeeze(1)[torch.from_numpy(mine >= 0).to(mask.device)]
+        for mask, mine in zip(masks, own, strict=True)
+    ]
+    for g, which in enumerate(new):
         _write(learner, g, which, *started[g], *lengths[g])
         learner.silent[g][which] = 0
+    _restart(learner, new)
     drawn = np.split(rows >= 0, dead.sum(axis=0).cumsum()[:-1])
     learner.dead_totals = [int(n - d.sum()) for n, d in zip(dead.sum(axis=0), drawn, strict=True)]
     return int((rows >= 0).sum())
@@ -142,20 +146,30 @@ def _columns(x: Tensor, spans: Spans) -> Tensor:
 
 
 def _write(learner: Learner, g: int, which: Tensor, x: Tensor, v: Tensor, encoder: float, decoder: float) -> None:
-    """The new rows of features `which`, and zeros for their moments."""
+    """The new rows of features `which`."""
     d, settings, shards = learner.dictionary, learner.config.train.resample, learner.shards
     assert settings is not None
     group = d.groups[g]
     # Replicas computed the same; where a device adds in another order each time, they shall not drift apart.
     group.W_enc[which] = shards.of_first_replica(nnf.normalize(x, dim=1) * settings.scale * encoder)
     group.W_dec[which] = shards.of_first_replica(nnf.normalize(v, dim=1) * decoder)
-    group.b_enc[which] = 0
-    fresh = dict(make_gate(learner.config.dictionary.gate, [len(s) for s in learner.silent], shards).named_parameters())
+
+
+def _restart(learner: Learner, new: list[Tensor]) -> None:
+    """b_enc and the gate of each group's features `new` as they start with the new encoders; zeros for all moments."""
+    d = learner.dictionary
+    gate = make_gate(learner.config.dictionary.gate, [len(s) for s in learner.silent], d.shards).to(d.b_dec)
+    starts: list[tuple[Tensor, Tensor]] = [(group.W_enc, torch.zeros_like(group.b_enc)) for group in d.groups]
+    gate.initialise(learner.config.seed, [d.shards.bounds(n)[0] for n in d.sizes], starts)
+    fresh = dict(gate.named_parameters())
+    for group, which, (_, bias) in zip(d.groups, new, starts, strict=True):
+        group.b_enc[which] = bias[which]
     for name, parameter in learner.parameters.items():
-        if not d.is_sharded(name) or group_of(name) != g or name.endswith(("feature_scale", "feature_offset")):
+        if not d.is_sharded(name) or name.endswith(("feature_scale", "feature_offset")):
             continue
+        which = new[group_of(name)]
         if name.startswith("gate."):
-            parameter[which] = fresh[name.removeprefix("gate.")].to(parameter)[which]
+            parameter[which] = fresh[name.removeprefix("gate.")][which]
         moments = optimizers.moments(learner.optimizer, parameter)
         for key in optimizers.MOMENTS:
             moments[key][which] = 0
