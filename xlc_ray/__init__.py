@@ -6,7 +6,7 @@ config = xlc.load_config("configs/quickstart.yaml", {"train.lr": 3e-4})
 xlc.generate(config)                 # text → activations
 run = xlc.train(config)              # activations → a dictionary in run["out"]
 xlc.evaluate(run["out"])             # eval.json, report.html
-dictionary, config = xlc.load(run["out"])
+dictionary = xlc.load(run["out"])      # or what SAELens, circuit-tracer, … wrote
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xlc_ray.cluster.evaluate import evaluate
     from xlc_ray.cluster.generate import generate
     from xlc_ray.cluster.train import train
-    from xlc_ray.dictionary.checkpoint import load_dictionary as load
+    from xlc_ray.export.formats import load
 
 __all__ = ["Config", "UserError", "compare", "convert", "evaluate", "generate", "load", "load_config", "train"]
 
@@ -31,7 +31,7 @@ _ROOMS = {
     "evaluate": ("xlc_ray.cluster.evaluate", "evaluate"),
     "generate": ("xlc_ray.cluster.generate", "generate"),
     "train": ("xlc_ray.cluster.train", "train"),
-    "load": ("xlc_ray.dictionary.checkpoint", "load_dictionary"),
+    "load": ("xlc_ray.export.formats", "load"),
 }
 
 

@@ -13,6 +13,8 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
 TEXT = QUICKSTART.read_text()
 BASE = load_config(QUICKSTART)
 
+BASED = ("base_model", {"name": "base", "replace_tokens": [["<turn>", 3]]})
+
 # One valid form of each section that quickstart lacks, or has in another kind: (overrides, path).
 FORMS = [
     *((("dictionary.wiring", {"kind": kind}),) for kind in ("sae", "transcoder", "clt", "crosscoder")),
@@ -23,6 +25,8 @@ FORMS = [
         for kind in ("gated", "hard_concrete", "gated_hard_concrete")
     ),
     (("train.loss.matryoshka", {"prefixes": [0.25, 1]}),),
+    (BASED, ("dictionary.wiring", {"kind": "model_diff", "layer": 0})),
+    (("dictionary.wiring", {"kind": "model_diff", "layer": 0}), BASED),
     *((("dictionary.gate", {"kind": kind}),) for kind in ("relu", "jumprelu")),
     *((("dictionary.gate", {"kind": kind, "k": 4}),) for kind in ("topk", "batchtopk")),
     *((("train.lr_schedule", {"kind": kind}),) for kind in ("constant", "linear", "cosine")),
@@ -76,7 +80,7 @@ def test_an_unknown_key_fails_at_every_level_and_names_the_nearest(form):
 
 
 def test_an_unknown_key_at_the_top_fails():
-    assert message_of({"trian": 1}).startswith("trian: unknown setting; did you mean train? allowed: cluster, ")
+    assert message_of({"trian": 1}).startswith("trian: unknown setting; did you mean train? allowed: base_model, ")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +184,16 @@ def test_an_unknown_key_at_the_top_fails():
         (
             {"train.loss.sparsity": {"kind": "l1", "coefficient": 1, "target_l0": 9}},
             "train.loss.sparsity.target_l0: only with kind l0",
+        ),
+        ({"dictionary.wiring": {"kind": "model_diff", "layer": 0}}, "base_model: missing; the wiring model_diff"),
+        ({"generate.sites": ["mlp_in.0@base"]}, "base_model: missing; generate.sites names sites of it"),
+        (
+            {"base_model": {"name": "base"}},
+            "base_model: the wiring clt does not read it; use model_diff, or base_model: ",
+        ),
+        (
+            {"base_model": {"name": "base", "replace_tokens": [["<turn>", -1]]}},
+            "base_model.replace_tokens: [['<turn>', -1]] should be pairs of tokens or ids, such as ",
         ),
         ({"a\nb": 1}, "a b: unknown setting; "),
         ({"": 1}, "'': unknown setting; "),

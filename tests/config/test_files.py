@@ -13,7 +13,14 @@ from xlc_ray.config import load_config, load_config_text, schema, yaml_text
 from xlc_ray.dictionary.build import make_wiring
 
 REQUIRED = {"quickstart", "gpt2_clt", "gpt2_sae", "gpt2_transcoders", "gpt2_crosscoder", "gemma2_2b_clt"}
-SHAPES = {"gpt2": (12, 768), "gemma2": (26, 2304), "pythia": (6, 512), "qwen3": (28, 1024), "quickstart": (4, 128)}
+SHAPES = {
+    "gpt2": (12, 768),
+    "gemma2": (26, 2304),
+    "pythia": (6, 512),
+    "qwen3": (28, 1024),
+    "quickstart": (4, 128),
+    "tiny": (4, 128),
+}
 
 files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 

@@ -167,6 +167,14 @@ def test_the_forecast_says_what_a_user_asks(monkeypatch):
     assert "binds" in text
 
 
+def test_the_sites_of_a_base_model_take_disk_too(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(str(ROOT / "configs/tiny_model_diff.yaml"))
+    assert " tokens of 512 bytes" in "\n".join(forecast(config, "h100", 1, None))  # 2 models x 128 x bfloat16
+    both = config.override({"generate.sites": ["mlp_in.0", "mlp_in.0@base", "mlp_in.1@base"]})
+    assert " tokens of 768 bytes" in "\n".join(forecast(both, "h100", 1, None))
+
+
 @pytest.mark.parametrize(
     ("gpu", "nodes", "message"),
     [

@@ -20,7 +20,7 @@ import xxhash
 
 from xlc_ray import files
 from xlc_ray.activations.manifest import ChunkRecord
-from xlc_ray.activations.sites import parse
+from xlc_ray.activations.sites import of_base, parse
 from xlc_ray.config import UserError
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
@@ -54,7 +54,8 @@ def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
 def dataset_name(site: str) -> str:
     """Where a site's array stands in a chunk file."""
     kind, layer = parse(site)
-    return {"mlp_in": f"layer_{layer}/inputs", "mlp_out": f"layer_{layer}/targets"}.get(kind, f"sites/{site}")
+    shared = {} if of_base(site) else {"mlp_in": f"layer_{layer}/inputs", "mlp_out": f"layer_{layer}/targets"}
+    return shared.get(kind, f"sites/{site}")
 
 
 def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> ChunkRecord:

@@ -22,6 +22,8 @@ from xlc_ray.config import Model, UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from xlc_ray.activations.pair import ModelPair
+
 
 class LanguageModel:
     """A causal language model in evaluation mode.
@@ -87,14 +89,13 @@ class LanguageModel:
 
 
 def harvest_chunk(
-    lm: LanguageModel, chunk: ChunkText, sites: Sequence[str], batch_windows: int, dtype: str
+    lm: LanguageModel | ModelPair, chunk: ChunkText, sites: Sequence[str], batch_windows: int, dtype: str
 ) -> dict[str, np.ndarray]:
     """Activations of the kept rows of one chunk, in its row order: {site: [rows, width]} in the stored form of `dtype`.
 
     Raises UserError where a finite activation does not fit `dtype`.
     """
-    rows = len(chunk.row_window)
-    out = {site: np.empty((rows, lm.width), stored_dtype(dtype)) for site in sites}
+    out: dict[str, np.ndarray] = {}
     by_window = np.argsort(chunk.row_window, kind="stable")
     starts = range(0, len(chunk.windows.tokens), batch_windows)
     ends = np.searchsorted(chunk.row_window[by_window], [start + batch_windows for start in starts])
@@ -109,5 +110,7 @@ def harvest_chunk(
         window = torch.from_numpy(chunk.row_window[chosen].astype(np.int64) - start).to(lm.device)
         position = torch.from_numpy(chunk.row_position[chosen].astype(np.int64)).to(lm.device)
         for site, values in found.items():
+            if site not in out:
+                out[site] = np.empty((chunk.rows, values.shape[-1]), stored_dtype(dtype))
             out[site][chosen] = encode(values[window, position], dtype, site)
     return out

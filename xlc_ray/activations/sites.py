@@ -4,6 +4,8 @@
 
 `attn_out` and `mlp_out` are what is added to the residual stream: in Gemma that is after the norms that follow
 attention and MLP. `mlp_in` is what the MLP reads, after its norm.
+
+"resid_post.2" is a site of `model`; "resid_post.2@base" is the same place in `base_model`, and a site of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from xlc_ray.config import UserError
 
 KINDS = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
 """Kinds of sites, in the order in which a layer computes them."""
+
+BASE = "@base"
+"""What ends the name of a site of `base_model`."""
 
 Place = tuple[str, str]
 
@@ -43,17 +48,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Place]]] = {
 
 
 def parse(site: str) -> tuple[str, int]:
-    """("mlp_in", 3) of "mlp_in.3". Raises UserError on anything else."""
-    kind, _, layer = site.partition(".")
+    """("mlp_in", 3) of "mlp_in.3" and of "mlp_in.3@base". Raises UserError on anything else."""
+    kind, _, layer = site.removesuffix(BASE).partition(".")
     if kind not in KINDS or not layer.isdecimal():
-        raise UserError(f"site {site!r}: not a site; write kind.layer, kinds: {', '.join(KINDS)}")
+        raise UserError(
+            f"site {site!r}: not a site; write kind.layer (of the base model kind.layer{BASE}), "
+            f"kinds: {', '.join(KINDS)}"
+        )
     return kind, int(layer)
 
 
-def order_key(site: str) -> tuple[int, int]:
-    """Sorts sites in the order in which a forward pass computes them."""
+def of_base(site: str) -> bool:
+    """Whether a site is one of `base_model`."""
+    return site.endswith(BASE)
+
+
+def order_key(site: str) -> tuple[int, int, bool]:
+    """Sorts sites in the order in which a forward pass computes them; of both models, `model` comes first."""
     kind, layer = parse(site)
-    return layer, KINDS.index(kind)
+    return layer, KINDS.index(kind), of_base(site)
 
 
 def num_layers(hf_config: Any) -> int:

@@ -46,15 +46,15 @@ def load_tokenizer(model: Model) -> Any:
 
 def from_pretrained(auto: Any, model: Model, what: str, **settings: Any) -> Any:
     """What a transformers auto class loads for `model`. Raises UserError, one line, where it cannot."""
-    name = model.name
+    name, where = model.name, f"{model.section}.name"
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise UserError(f"model.name: no directory {name!r}")
+        raise UserError(f"{where}: no directory {name!r}")
     settings |= {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         return auto.from_pretrained(name, **settings)
     except (OSError, ValueError) as error:  # what transformers and the Hub raise for names, files and networks
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.name: the {what} of {name!r} cannot be loaded: {reason}") from None
+        raise UserError(f"{where}: the {what} of {name!r} cannot be loaded: {reason}") from None
 
 
 def _boundaries(tokenizer: Any) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from xlc_ray import files
 from xlc_ray.activations import chunkfile
 from xlc_ray.activations.foreign import INDEX_RECORD, read_required
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
+from xlc_ray.activations.sites import of_base
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Config, UserError
 
@@ -30,13 +31,16 @@ _BLOCK = 2048  # rows that are float64 at a time
 
 def identity(config: Config, widths: Mapping[str, int], held_out: bool) -> dict[str, Any]:
     """Every setting that decides what a store holds. `widths`: {site: width}; `held_out`: which share of the text."""
-    make = config.generate
+    make, base = config.generate, None
+    if config.base_model and any(map(of_base, widths)):
+        base = config.base_model.model_dump(mode="json", exclude={"trust_remote_code"})
     return {
         "format_version": FORMAT_VERSION,
         "model": config.model.model_dump(mode="json", exclude={"trust_remote_code"}),
         "text": config.text.model_dump(mode="json", exclude={"streaming"}),
         "held_out": held_out,
         "sites": dict(widths),
+        **({"base_model": base} if base else {}),
         "dtype": make.dtype,
         "seed": config.seed,
         "tokens": make.held_out_tokens if held_out else make.tokens,
@@ -225,8 +229,8 @@ def _write_crosslayer_coding(path: str, manifest: Manifest, moments: Mapping[str
     files.write_bytes(files.join(path, "index.bin"), index.tobytes())
     stats: dict[str, dict[str, Any]] = {}
     for site, found in moments.items():
-        kind, layer = site.split(".")
-        if end := {"mlp_in": "inputs", "mlp_out": "targets"}.get(kind):
+        kind, layer = site.split(".")  # of the base model: "2@base", which is no layer to other programs
+        if layer.isdecimal() and (end := {"mlp_in": "inputs", "mlp_out": "targets"}.get(kind)):
             s = found.statistics()
             stats.setdefault(layer, {})[end] = {"mean": s.mean.tolist(), "std": s.std.tolist()}
     files.write_bytes(files.join(path, "norm_stats.json"), json.dumps(stats).encode())

@@ -22,6 +22,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
+from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.cluster import plan
 from xlc_ray.cluster.blocks import data_context
 from xlc_ray.cluster.session import available, connect, require, resolve
@@ -127,18 +128,18 @@ def _pool_size(cluster: Cluster, chunks: int) -> int:
 
 
 class Harvester:
-    """A language model in an actor. It is loaded by the first call, whose errors reach the user as they are."""
+    """One language model or two in an actor, loaded by the first call, whose errors reach the user as they are."""
 
     def __init__(self, config: Config, sites: list[str], paths: dict[bool, str]) -> None:
         self._config, self._sites, self._paths = config, sites, paths
-        self._model: LanguageModel | None = None
+        self._model: LanguageModel | ModelPair | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One chunk: columns `held_out` and `index` (the same in every row), and one of [rows, width] a site."""
         if self._model is None:
             cluster = self._config.cluster
             torch.set_num_threads(max(1, int(cluster.cpus_per_model)))  # Ray allows workers one thread
-            self._model = LanguageModel(self._config.model, "cuda" if cluster.gpus_per_model else "cpu")
+            self._model = load_models(self._config, self._sites, "cuda" if cluster.gpus_per_model else "cpu")
         held_out, index = bool(batch["held_out"].item()), int(batch["index"].item())
         chunk = store.read_text(self._paths[held_out], index)
         make = self._config.generate

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from xlc_ray import files
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations import store
-from xlc_ray.activations.text import check_documents, chunk_plan, load_tokenizer
+from xlc_ray.activations.pair import check_pair
+from xlc_ray.activations.text import check_documents, chunk_plan, from_pretrained, load_tokenizer
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.cluster.session import connect, require
 from xlc_ray.cluster.tokenize import by_split, tokenized
@@ -26,23 +27,21 @@ from xlc_ray.progress import Progress
 def site_widths(config: Config) -> dict[str, int]:
     """{site: width} of what is stored: `generate.sites`, or what the wiring reads and writes. Raises UserError."""
     load_tokenizer(config.model)  # before anything is started: a model that is not there
-    try:
-        model = AutoConfig.from_pretrained(
-            config.model.name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:  # what transformers and the Hub raise for names, files and networks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.name: {config.model.name!r} cannot be loaded: {reason}") from None
-    layers, width = site_names.num_layers(model), site_names.width(model)
+    check_pair(config)
+    model = from_pretrained(AutoConfig, config.model, "configuration")
+    base = from_pretrained(AutoConfig, config.base_model, "configuration") if config.base_model else model
+    found = {False: model, True: base}
+    width = {is_base: site_names.width(one) for is_base, one in found.items()}
     if config.generate.sites is None:
-        wiring = make_wiring(config.dictionary.wiring, layers, width)
+        wiring = make_wiring(config.dictionary.wiring, site_names.num_layers(model), width[False], width[True])
         names = [*wiring.read_sites, *wiring.written_sites]
     else:
         names = list(config.generate.sites)
     for name in names:
-        if site_names.parse(name)[1] >= layers:
+        layer, layers = site_names.parse(name)[1], site_names.num_layers(found[site_names.of_base(name)])
+        if layer >= layers:
             raise UserError(f"generate.sites: {name}: the model has no such layer; allowed: 0 to {layers - 1}")
-    return dict.fromkeys(sorted(set(names), key=site_names.order_key), width)
+    return {name: width[site_names.of_base(name)] for name in sorted(set(names), key=site_names.order_key)}
 
 
 def identities(config: Config, widths: dict[str, int]) -> dict[bool, dict[str, Any]]:
@@ -51,11 +50,14 @@ def identities(config: Config, widths: dict[str, int]) -> dict[bool, dict[str, A
     A local model or text counts by its last name and its bytes, not by where it lies: a job may see a temporary copy.
     """
     origins = {"model.name": config.model.name}
+    if config.base_model and any(map(site_names.of_base, widths)):
+        origins["base_model.name"] = config.base_model.name
+    named = {path: _last_name(name) for path, name in origins.items()} | config.text.renamed(_last_name)
     for i, part in enumerate(config.text.parts()):
         origins[f"text.mixture.{i}" if config.text.mixture else "text.dataset"] = str(part.dataset)
     content = {path: size for path, name in origins.items() if (size := _local_bytes(name)) is not None}
-    named = config.override({"model.name": _last_name(config.model.name), **config.text.renamed(_last_name)})
-    return {held_out: store.identity(named, widths, held_out) | {"bytes": content} for held_out in (False, True)}
+    changed = config.override(named)
+    return {held_out: store.identity(changed, widths, held_out) | {"bytes": content} for held_out in (False, True)}
 
 
 def _last_name(name: str) -> str:

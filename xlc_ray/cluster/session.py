@@ -97,11 +97,13 @@ def available(kind: str) -> float:
 def resolve(config: Config) -> Config:
     """The same settings with absolute local paths, because workers run in other directories; URLs stay as they are.
 
-    `model.name` and the datasets of `text` are seen from the working directory and left alone where nothing is there (a
-    name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working directory, or, in a
-    Ray job that runs in a temporary copy of it, to ~/xlc_ray.
+    `model.name`, `base_model.name` and the datasets of `text` are seen from the working directory and left alone where
+    nothing is there (a name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working
+    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray.
     """
     changes = {"model.name": _absolute(config.model.name), **config.text.renamed(_absolute)}
+    if config.base_model:
+        changes["base_model.name"] = _absolute(config.base_model.name)
     root = output_root()
     for path, name in (("source.path", config.source.path), ("out", config.out)):
         if "://" not in name or name.startswith("file://"):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from xlc_ray.config import yaml_text
-from xlc_ray.config.activations import Generate, Model, StoreSource, Text
+from xlc_ray.config.activations import BaseOf, Generate, Model, StoreSource, Text
 from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
@@ -32,6 +32,8 @@ class Config(Settings):
     """Decides initial weights and the order of data."""
     model: Model
     """The language model."""
+    base_model: BaseOf | None = None
+    """The model that it was fine-tuned from, where both are compared."""
     text: Text
     """The text it reads."""
     generate: Generate
@@ -46,6 +48,18 @@ class Config(Settings):
     """How it is measured."""
     cluster: Cluster = Cluster()
     """On what."""
+
+    @model_validator(mode="after")
+    def _models_are_read(self) -> Config:
+        kind, stored = self.dictionary.wiring.kind, self.generate.sites or ()
+        if kind == "model_diff" and self.base_model is None:
+            raise ValueError("base_model: missing; the wiring model_diff compares model with the one it was tuned from")
+        based = any(site.endswith("@base") for site in stored)
+        if based and self.base_model is None:
+            raise ValueError("base_model: missing; generate.sites names sites of it (@base)")
+        if self.base_model and not based and kind in ("sae", "transcoder", "clt", "crosscoder"):
+            raise ValueError(f"base_model: the wiring {kind} does not read it; use model_diff, or base_model: null")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

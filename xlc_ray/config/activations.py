@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from xlc_ray.config.base import Fraction, Name, Settings
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
+def _pairs_of_tokens(value: Any) -> Any:
+    pairs = value if isinstance(value, list | tuple) else [None]
+    tokens = [t for pair in pairs for t in (pair if isinstance(pair, list | tuple) and len(pair) == 2 else [None])]
+    if all((type(t) is int and t >= 0) or (isinstance(t, str) and t) for t in tokens):
+        return value
+    raise ValueError(f"{reprlib.repr(value)} should be pairs of tokens or ids, such as [['<|im_start|>', 198]]")
+
+
+TokenPairs = Annotated[tuple[tuple[int | str, int | str], ...], BeforeValidator(_pairs_of_tokens)]
+"""Pairs of tokens, each as text or as its id."""
+
+
 class Model(Settings):
     """The language model whose activations are explained."""
+
+    section: ClassVar[str] = "model"
+    """Where these settings stand, for messages."""
 
     name: Name
     """A Hugging Face name or a local directory."""
@@ -23,6 +39,15 @@ class Model(Settings):
     """Precision of the forward pass."""
     trust_remote_code: bool = False
     """Allow the model's repository to run its own code."""
+
+
+class BaseOf(Model):
+    """The model that `model` was fine-tuned from. It reads the same tokens; its sites are named resid_post.2@base."""
+
+    section: ClassVar[str] = "base_model"
+
+    replace_tokens: TokenPairs = ()
+    """Pairs [token, other]: control tokens that the base never saw; it reads the other at their positions."""
 
 
 class Documents(Settings):

@@ -83,8 +83,20 @@ class CustomWiring(Settings):
     """Layers: all, or a list."""
 
 
+class ModelDiffWiring(Settings):
+    """Model-diff crosscoder: one group reads and writes a site of `model` and the same site of `base_model`."""
+
+    kind: Literal["model_diff"] = "model_diff"
+    """The tag of this wiring."""
+    site: str = "resid_post"
+    """Kind of site."""
+    layer: Annotated[int, Field(ge=0)]
+    """The layer, in both models."""
+
+
 Wiring = Annotated[
-    SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring | CustomWiring, Field(discriminator="kind")
+    SaeWiring | TranscoderWiring | CltWiring | CrosscoderWiring | ModelDiffWiring | CustomWiring,
+    Field(discriminator="kind"),
 ]
 
 

@@ -14,11 +14,16 @@ from xlc_ray.dictionary.shards import Shards
 from xlc_ray.dictionary.wiring import Wiring
 
 
-def make_wiring(config: settings.Wiring, num_layers: int, width: int) -> Wiring:
-    """The wiring for a model with so many layers of this width. Raises UserError on a layer that the model lacks."""
-    layers = range(num_layers) if config.layers == "all" else config.layers
+def make_wiring(config: settings.Wiring, num_layers: int, width: int, base_width: int | None = None) -> Wiring:
+    """The wiring for a model with so many layers of this width. Raises UserError on a layer that the model lacks.
+
+    `base_width`: of the base model's sites, where there is one of another width."""
+    one = isinstance(config, settings.ModelDiffWiring)
+    asked = (config.layer,) if one else config.layers
+    layers = range(num_layers) if asked == "all" else asked
     if beyond := [n for n in layers if n >= num_layers]:
-        raise UserError(f"dictionary.wiring.layers: the model has no layer {beyond[0]}; allowed: 0 to {num_layers - 1}")
+        where = f"dictionary.wiring.{'layer' if one else 'layers'}"
+        raise UserError(f"{where}: the model has no layer {beyond[0]}; allowed: 0 to {num_layers - 1}")
     if len(set(layers)) != len(layers) or list(layers) != sorted(layers):
         raise UserError(f"dictionary.wiring.layers: {list(layers)} must rise without repeats")
     match config:
@@ -33,6 +38,8 @@ def make_wiring(config: settings.Wiring, num_layers: int, width: int) -> Wiring:
             return wiring.crosscoder([f"{site}.{n}" for n in layers], width, causality)
         case settings.CustomWiring(path=path, options=options):
             return custom.wiring(path, options, list(layers), width)
+        case settings.ModelDiffWiring(site=site):
+            return wiring.model_diff(f"{site}.{layers[0]}", width, base_width or width)
 
 
 def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.Gate:

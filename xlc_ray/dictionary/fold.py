@@ -103,6 +103,7 @@ def _scale_gate(gate: Gate, norms: list[torch.Tensor]) -> None:
         raise UserError(f"dictionary.gate: decoder norms fold into jumprelu, relu and topk, not {kind}")
 
 
+@torch.no_grad()
 def untie(dictionary: Dictionary) -> Dictionary:
     """An untied dictionary that computes what one with tied decoders computes: W_dec [F, W_g] with a row for every
     target. Raises UserError where features have offsets, which no decoder row can hold."""

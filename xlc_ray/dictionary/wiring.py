@@ -142,6 +142,12 @@ def clt(layers: Sequence[int], width: int) -> Wiring:
     return Wiring(dict.fromkeys(ins + outs, width), tuple((s,) for s in ins), tuple(outs[i:] for i in range(len(outs))))
 
 
+def model_diff(site: str, width: int, base_width: int) -> Wiring:
+    """One group reads and writes a site of a model, and the same site of the model that it was fine-tuned from."""
+    both = (site, f"{site}@base")
+    return Wiring({both[0]: width, both[1]: base_width}, (both,), (both,))
+
+
 def crosscoder(sites: Sequence[str], width: int, causality: str) -> Wiring:
     """acausal: one group reads and writes all sites; weak: group l writes sites ≥ l; strict: sites > l."""
     sites = tuple(sites)

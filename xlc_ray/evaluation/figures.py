@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -108,6 +109,28 @@ def histogram(edges: Sequence[float], counts: Sequence[int], tokens: int, label:
         axes.set_xlabel("share of tokens on which a feature is active")
         axes.set_title("Features")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        return _svg(figure, label)
+
+
+Distribution = tuple[str, str, Sequence[float], Sequence[int], Sequence[float]]
+"""A histogram: title, name of the axis, edges, counts, where thresholds are drawn."""
+
+
+def distributions(panels: Sequence[Distribution], label: str) -> str:
+    """Histograms side by side."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 2.6), layout="constrained")
+        for axes, (title, name, edges, counts, marks) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            widths = [(right - left) * 0.92 for left, right in itertools.pairwise(edges)]
+            axes.bar(edges[:-1], counts, width=widths, align="edge", color=ACCENT)
+            for mark in marks:
+                axes.axvline(mark, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+            axes.set_xlim(edges[0], edges[-1])
+            axes.set_xlabel(name)
+            axes.set_title(title)
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         return _svg(figure, label)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Features
 from xlc_ray.evaluation.metrics import ReconstructionMetrics
+from xlc_ray.evaluation.model_diff import ModelDiff
 
 
 class Watch(Protocol):
@@ -23,9 +24,13 @@ class Watch(Protocol):
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    dictionary: Dictionary, batches: Iterable[dict[str, Tensor]], watches: Sequence[Watch] = ()
+    dictionary: Dictionary,
+    batches: Iterable[dict[str, Tensor]],
+    watches: Sequence[Watch] = (),
+    diff: ModelDiff | None = None,
 ) -> ReconstructionMetrics:
-    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too.
+    """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too, and
+    `diff` what is normalised.
 
     The dictionary is measured in its inference form and left as it was found. Raises UserError where there is no row,
     or where a site or its reconstruction is not finite.
@@ -43,6 +48,8 @@ def evaluate_reconstruction(
         metrics.update(batch, raw_hat, y, y_hat, [f.count() for f in features])
         for watch in watches:
             watch.update(batch, raw_hat, features)
+        if diff:
+            diff.update(features, y, y_hat)
     dictionary.train(was_training)
     _check(metrics)
     return metrics

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -149,6 +149,11 @@ class Score:
             self.agreement += (here.argmax(1) == there.argmax(1)).sum().item()
         self.tokens += len(targets)
 
+    def merge(self, other: Score) -> None:
+        """Add the tokens that another score saw."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
     @property
     def ce(self) -> float:
         return self.cross_entropy / self.tokens
@@ -178,7 +183,7 @@ def evaluate_replacement(dictionary: Dictionary, model: LanguageModel, batches: 
             ablated[variant].update(forward(model, batch, ablate(names, batch.keep)), original, batch.targets)
     if not clean.tokens:
         raise UserError("evaluate.windows: no held-out token can be scored; use more windows or a longer text.context")
-    scores = {v: _compare(clean, replaced[v], ablated[v], v or "all written sites") for v in variants}
+    scores = {v: compare(clean, replaced[v], ablated[v], v or "all written sites") for v in variants}
     return {
         "tokens": clean.tokens,
         "windows": windows,
@@ -206,7 +211,8 @@ def _clean_run(
     return original, visits
 
 
-def _compare(clean: Score, replaced: Score, ablated: Score, name: str) -> dict[str, float | None]:
+def compare(clean: Score, replaced: Score, ablated: Score, name: str) -> dict[str, float | None]:
+    """The metrics of one variant; `name` says in an error which it was."""
     if not math.isfinite(replaced.cross_entropy + ablated.cross_entropy):
         raise UserError(f"evaluate: {name}: the cross-entropy is not finite; try model.dtype: float32")
     gap = ablated.ce - clean.ce

@@ -9,6 +9,7 @@ from typing import Any
 from xlc_ray import files
 from xlc_ray.config import Config
 from xlc_ray.evaluation import figures
+from xlc_ray.evaluation.model_diff import SHARED
 from xlc_ray.evaluation.page import PAGE, STYLE
 from xlc_ray.evaluation.table import MEANINGS, show
 
@@ -26,6 +27,9 @@ NAMES = {
     "ce_replaced": "CE replaced",
     "ce_ablated": "CE ablated",
     "kl_ablated": "KL ablated",
+    "ce_original": "CE",
+    "features": "Features",
+    "share": "Share",
 }
 WIRINGS = {
     "sae": "Sparse autoencoders",
@@ -33,6 +37,7 @@ WIRINGS = {
     "clt": "Cross-layer transcoder",
     "crosscoder": "Crosscoder",
     "custom": "Custom dictionary",
+    "model_diff": "Model-diff crosscoder",
 }
 MAIN_CURVES = (
     ("loss", "Loss"),
@@ -53,6 +58,8 @@ def write_report(
     """
     lines = [line for _, line in sorted({line["step"]: line for line in metrics_lines}.items())]
     title = f"{WIRINGS[config.dictionary.wiring.kind]} of {_short(config.model.name)}"
+    if config.base_model:
+        title += f" and {_short(config.base_model.name)}"
     parts = [
         _header(title, config, lines, evaluation),
         _headline(evaluation),
@@ -60,6 +67,7 @@ def write_report(
         _reconstruction(evaluation),
         _density(evaluation),
         _replacement(evaluation),
+        _model_diff(evaluation, config),
         f"<details><summary>Settings</summary><pre>{escape(config.yaml())}</pre></details>",
     ]
     path = files.join(run_dir, "report.html")
@@ -158,6 +166,8 @@ def _replacement(evaluation: dict[str, Any]) -> str:
         "modified": "All at once: each group reads the modified stream, layer by layer.",
         "clean": "All at once: features are computed from the unmodified model.",
     }[replacement["replacement_inputs"]]
+    if "models" in replacement:
+        inputs += " Each of the two models is scored against itself; all at once: the predictions of both together."
     caption = (
         f"Cross-entropy (CE) and KL in nats a token; the unmodified model's CE is {replacement['ce_original']:.4f}. "
         f"{inputs} A site alone: features of the unmodified model, only that site substituted. Ablated: set to zero. "
@@ -167,6 +177,47 @@ def _replacement(evaluation: dict[str, Any]) -> str:
         f"{replacement['windows']:,} held-out windows."
     )
     return _section("Replacement model", _table("Written site", columns, rows, caption))
+
+
+def _model_diff(evaluation: dict[str, Any], config: Config) -> str:
+    diff = evaluation.get("model_diff")
+    if not diff or not config.base_model:
+        return ""
+    norms, cosines, classes = diff["relative_norm"], diff["cosine_of_shared"], diff["classes"]
+    axis = "‖d‖ / (‖d‖ + ‖d_base‖): 0 = base only, 1 = model only"
+    panels: list[figures.Distribution] = [("Features by relative norm", axis, norms["edges"], norms["counts"], SHARED)]
+    if any(cosines["counts"]):
+        panels.append(("Shared features", "cosine of d and d_base", cosines["edges"], cosines["counts"], ()))
+    drawing = figures.distributions(panels, "Features by relative decoder norm, and cosine of shared features")
+    caption = (
+        f"d, d_base: a feature's decoder rows for {escape(_short(config.model.name))} and for "
+        f"{escape(_short(config.base_model.name))}, each in normalised units. Features active in "
+        f"{diff['tokens']:,} held-out tokens. Shared: between the dashed lines."
+    )
+    rows = [(name.replace("_", " "), [n, n / max(diff["alive"], 1)]) for name, n in classes.items()]
+    rows.append(("active", [diff["alive"], 1.0 if diff["alive"] else None]))
+    genuine = ""
+    if scaling := diff["latent_scaling"]:
+        genuine = (
+            f" Latent scaling: of {scaling['features']:,} features of the model only, {scaling['genuine']:,} are none "
+            "of the base's (nu_error &lt; 0.2 and nu_reconstruction &lt; 0.5; see eval.json)."
+        )
+    kinds = "Model only and base only: the other model's row is at most a fifth as long." + genuine
+    body = _figure(drawing, caption) + _table("Class", ("features", "share"), rows, kinds, "table narrow")
+    return _section("Model diff", body + _both_models(evaluation))
+
+
+def _both_models(evaluation: dict[str, Any]) -> str:
+    """Each model with its site replaced."""
+    if not (replacement := evaluation["replacement"]):
+        return ""
+    columns = ("explained_variance", "ce_original", "ce_replaced", "ce_ablated", "ce_recovered", "kl", "top1_agreement")
+    explained = {site: found["explained_variance"] for site, found in evaluation["sites"].items()}
+    named = zip(("model", "base_model"), evaluation["model_diff"]["sites"], strict=True)
+    rows = [(site, {"explained_variance": explained[site], **replacement["models"][name]}) for name, site in named]
+    rows.append(("both", {"explained_variance": evaluation["explained_variance"], **replacement["all"]}))
+    table = [(name, [values[column] for column in columns]) for name, values in rows]
+    return _table("Replaced", columns, table, "CE: of the unmodified model, on the tokens that it reads.")
 
 
 def _table(

@@ -10,13 +10,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from xlc_ray.activations.harvest import LanguageModel
+from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.activations.store import Store, decode
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
 from xlc_ray.evaluation.ablation import ablate_features, sample_features
 from xlc_ray.evaluation.core import CoreWatch, core_metrics
 from xlc_ray.evaluation.features import FeatureWatch, feature_table
+from xlc_ray.evaluation.model_diff import ModelDiff
+from xlc_ray.evaluation.pair import evaluate_pair
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import Batch, evaluate_replacement, prepare
 
@@ -48,8 +50,8 @@ def measure(
     eval.json holds the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes,
     features, l0, dead_features), `feature_density`, `replacement` (None where evaluate.windows is 0; then ce_recovered,
     kl and top1_agreement are None too) and `ablated_features` (see ablation.py; empty where evaluate.ablate_features is
-    0). The dictionary moves to `device` and is left in its inference form. Raises UserError where the store lacks a
-    site that the dictionary reads or writes, or the text that is to be read.
+    0); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and left in its inference form.
+    Raises UserError where the store lacks a site that the dictionary reads or writes, or the text that is to be read.
     """
     settings, wiring = config.evaluate, dictionary.wiring
     if lacking := [site for site in wiring.sites if site not in held_out_store.manifest.sites]:
@@ -63,10 +65,11 @@ def measure(
     watch = FeatureWatch.empty(list(dictionary.sizes))
     core = CoreWatch.empty({site: wiring.widths[site] for site in wiring.written_sites})
     batches = held_out_batches(held_out_store, wiring.sites, settings.batch_tokens, settings.tokens)
-    metrics = evaluate_reconstruction(dictionary, batches, [watch, core])
+    diff = ModelDiff.of(dictionary)
+    metrics = evaluate_reconstruction(dictionary, batches, [watch, core], diff)
     replacement, ablated = _predictions(dictionary, config, held_out_store, watch, device)
     return Measurement(
-        _evaluation(dictionary, metrics.compute(), replacement, ablated),
+        _evaluation(dictionary, metrics.compute(), replacement, ablated, diff),
         core_metrics(dictionary, core, watch.groups, replacement),
         feature_table(dictionary, watch, metrics.sites),
     )
@@ -79,11 +82,15 @@ def _predictions(
     settings = config.evaluate
     if not settings.windows:
         return None, []
-    model = LanguageModel(config.model, device)
+    model = load_models(config, dictionary.wiring.sites, device)
 
     def windows() -> Iterator[Batch]:
         return held_out_windows(store, settings.batch_windows, settings.windows, device)
 
+    if isinstance(model, ModelPair):
+        if settings.ablate_features:
+            raise UserError("evaluate.ablate_features: zeroes features of one model; allowed with base_model: 0")
+        return evaluate_pair(dictionary, model, windows()), []
     replacement = evaluate_replacement(dictionary, model, windows())
     if not settings.ablate_features:
         return replacement, []
@@ -96,6 +103,7 @@ def _evaluation(
     found: dict[str, Any],
     replacement: dict[str, Any] | None,
     ablated: list[dict[str, Any]],
+    diff: ModelDiff | None,
 ) -> dict[str, Any]:
     wires = zip(found["groups"], dictionary.wiring.reads, dictionary.wiring.writes, strict=True)
     whole = replacement["all"] if replacement else {}
@@ -107,6 +115,7 @@ def _evaluation(
         "groups": [{"reads": list(reads), "writes": list(writes), **group} for group, reads, writes in wires],
         "replacement": replacement,
         "ablated_features": ablated,
+        **({"model_diff": diff.compute()} if diff else {}),
     }
 
 

@@ -19,6 +19,8 @@ FORMATS = {
     "ce_replaced": ".4f",
     "ce_ablated": ".4f",
     "kl_ablated": ".4f",
+    "features": ",d",
+    "share": ".1%",
 }
 MEANINGS = {
     "explained_variance": "share of the variance that is reconstructed; 1 is perfect, 0 is the mean",
@@ -52,7 +54,7 @@ def table(evaluation: dict[str, Any]) -> str:
         lines.append(_row("all at once", wide, evaluation, replacement["all"]))
     if evaluation["ablated_features"]:
         lines += ["", *_ablated(evaluation["ablated_features"])]
-    lines += ["", _caption(evaluation)]
+    lines += ["", *_model_diff(evaluation), _caption(evaluation)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -68,6 +70,20 @@ def _ablated(features: list[dict[str, Any]]) -> list[str]:
     for one in features[:SHOWN]:
         lines.append(f"group {one['group']} feature {one['feature']:<9}{one['delta_ce']:>+11.6f}  kl {one['kl']:.6f}")
     return lines
+
+
+def _model_diff(evaluation: dict[str, Any]) -> list[str]:
+    """Features by which of two models holds them; nothing of one model's dictionary."""
+    if not (diff := evaluation.get("model_diff")):
+        return []
+    classes, scaling, cosine = diff["classes"], diff["latent_scaling"], diff["cosine_of_shared"]["median"]
+    genuine = f" ({scaling['genuine']:,} by latent scaling too)" if scaling else ""
+    middle = "" if cosine is None else f" (median cosine {cosine:.3f})"
+    return [
+        f"{diff['alive']:,} of {diff['features']:,} features active: {classes['shared']:,} shared{middle}, "
+        f"{classes['model_only']:,} of the model only{genuine}, {classes['base_only']:,} of its base only, "
+        f"{classes['between']:,} between"
+    ]
 
 
 def _caption(evaluation: dict[str, Any]) -> str:

@@ -30,9 +30,11 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
     if nodes < 1 or (gpu is None and nodes > 1):
         raise UserError(f"--nodes: {nodes}; allowed: {'1 or more' if gpu else '1 without --gpu'}")
     model = from_pretrained(AutoConfig, config.model, "configuration")
-    wires = make_wiring(config.dictionary.wiring, sites.num_layers(model), sites.width(model))
+    base = from_pretrained(AutoConfig, config.base_model, "configuration") if config.base_model else model
+    widths = sites.width(model), sites.width(base)
+    wires = make_wiring(config.dictionary.wiring, sites.num_layers(model), *widths)
     load = plan.work(config, wires, active)
-    stored = _bytes_of_token(config, wires, sites.width(model))
+    stored = _bytes_of_token(config, wires, *widths)
     yield from _cost(config, load)
     tokens = config.generate.tokens + config.generate.held_out_tokens
     yield f"disk          {tokens * stored / GB:,.1f} GB of activations: {tokens:,} tokens of {stored:,} bytes"
@@ -43,10 +45,13 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
         yield _line(config, load, each)
 
 
-def _bytes_of_token(config: Config, wires: Wiring, width: int) -> int:
+def _bytes_of_token(config: Config, wires: Wiring, width: int, base_width: int) -> int:
     """What a token takes on disk."""
     chosen = config.generate.sites
-    return BYTES[config.generate.dtype] * (wires.width(wires.sites) if chosen is None else width * len(chosen))
+    stored = (
+        wires.width(wires.sites) if chosen is None else sum(base_width if sites.of_base(s) else width for s in chosen)
+    )
+    return BYTES[config.generate.dtype] * stored
 
 
 def _cost(config: Config, load: plan.Work) -> Iterator[str]:

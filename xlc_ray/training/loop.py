@@ -42,7 +42,9 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
     """The wiring over the sites of a store. Raises UserError on sites that the store lacks."""
     have = data.manifest.sites
     layers = 1 + max(sites.parse(site)[1] for site in have)
-    wiring = make_wiring(config.dictionary.wiring, layers, next(iter(have.values())))
+    widths = {sites.of_base(site): width for site, width in have.items()}
+    width = widths.get(False) or next(iter(have.values()))
+    wiring = make_wiring(config.dictionary.wiring, layers, width, widths.get(True))
     if missing := [s for s in wiring.sites if s not in have]:
         raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
     return wiring

@@ -1,0 +1,156 @@
+"""The dictionary that other programs can hold: raw units, and one of three gates in inference form.
+
+    relu        f = max(pre, 0)
+    jumprelu    f = pre · 1[pre > θ]                       θ [F] of each group
+    topk        max(pre, 0) of the k largest of a token, in each group
+
+What shares its places between tokens or groups (BatchTopK, a pool over groups) has a threshold at inference, and so
+is a jumprelu here: θ, or θ / n_i where entries compete by activation times decoder norm n_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from xlc_ray.config import UserError
+from xlc_ray.config import dictionary as settings
+from xlc_ray.dictionary import Dictionary, Wiring, gates
+from xlc_ray.dictionary.fold import fold
+from xlc_ray.dictionary.selection import LEAST
+from xlc_ray.dictionary.shards import Shards
+
+Weights = tuple[Tensor, Tensor, Tensor]
+"""W_enc [F, R], b_enc [F], W_dec [F, W] of a group."""
+
+
+def plain(dictionary: Dictionary) -> Dictionary:
+    """A new whole dictionary in raw units with the gate ReLU, JumpReLU or TopK (a budget each token and group).
+
+    Features and reconstructions are equal, but that a TopK which ranks by decoder norm gets unit decoder rows, so that
+    its features are in units of n_i. Raises UserError for a gate that no format knows.
+    """
+    gate, parts = dictionary.gate, [(g.W_enc, g.b_enc, g.W_dec) for g in dictionary.groups]
+    match gate:
+        case gates.ReLU():
+            simple: gates.Gate = gates.ReLU(dictionary.sizes, Shards())
+        case gates.JumpReLU():
+            simple = jumprelu([gate.threshold(g).detach() for g in range(len(parts))])
+        case gates.TopK() if gate.zscores:
+            raise UserError("export: no format here ranks by z-scores (dictionary.gate.rank_by); the run can be loaded")
+        case gates.TopK(shared=True):
+            simple = jumprelu([_inference_threshold(gate, g, part[2]) for g, part in enumerate(parts)])
+        case gates.TopK():
+            simple = topk(dictionary.sizes, gate.k)
+            parts = [unit_rows(*part) for part in parts] if gate.needs_norms else parts
+        case _:
+            raise UserError(f"export: no format here has the gate {type(gate).__name__}; the run itself can be loaded")
+    same = assemble("dictionary", dictionary.wiring, parts, dictionary.b_dec, simple, list(dictionary.W_skip))
+    for name in ("read_mean", "read_scale", "write_mean", "write_scale"):
+        setattr(same, name, getattr(dictionary, name))
+    return fold(same)
+
+
+def _inference_threshold(gate: gates.TopK, g: int, W_dec: Tensor) -> Tensor:
+    theta = gate.inference_threshold[0 if gate.over_groups else g].expand(W_dec.shape[0])
+    return theta / W_dec.detach().norm(dim=1).clamp(min=LEAST) if gate.needs_norms else theta
+
+
+@torch.no_grad()
+def unit_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Weights:
+    """The same group with decoder rows of norm 1 and features times their former norm n_i, for gates that allow it.
+
+    A row of zeros becomes some unit row, and its feature is never active."""
+    norms = W_dec.norm(dim=1)
+    rows = torch.where((norms > 0).unsqueeze(1), W_dec / norms.clamp(min=LEAST).unsqueeze(1), 0)
+    rows[:, 0] += (norms == 0).to(rows.dtype)
+    return W_enc * norms.unsqueeze(1), b_enc * norms, rows
+
+
+# ---------------------------------------------------------------- making one
+
+
+def assemble(
+    where: str, wiring: Wiring, groups: Sequence[Weights], b_dec: Tensor, gate: gates.Gate, skips: Sequence[Tensor] = ()
+) -> Dictionary:
+    """A dictionary of given weights, without normalisation, in inference form and at least float32.
+
+    b_dec [W]: all written sites, side by side; skips: W_skip of each group [written width, read width]. Raises
+    UserError, naming `where`, on shapes that do not fit."""
+    with torch.device("meta"):
+        made = Dictionary(wiring, [len(b) for _, b, _ in groups], gate, Shards(), _default("products"))
+    for g, (group, weights) in enumerate(zip(made.groups, groups, strict=True)):
+        for name, value in zip(("W_enc", "b_enc", "W_dec"), weights, strict=True):
+            _put(where, group, name, value, f"{name} of group {g}")
+    _put(where, made, "b_dec", b_dec, "b_dec")
+    for g, value in enumerate(skips):
+        _put(where, made.W_skip, str(g), value, f"W_skip of group {g}")
+    for name, value in dict(made.named_buffers(recurse=False)).items():
+        whole = torch.zeros if name.endswith("mean") else torch.ones
+        setattr(made, name, whole(value.shape, dtype=made.b_dec.dtype))
+    return made.eval()
+
+
+def _default(name: str) -> str:
+    return settings.Dictionary.model_fields[name].default
+
+
+def _put(where: str, module: object, name: str, value: Tensor, what: str) -> None:
+    wanted = getattr(module, name).shape
+    if value.shape != wanted:
+        raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
+    setattr(module, name, nn.Parameter(value.detach().to(torch.promote_types(value.dtype, torch.float32))))
+
+
+def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
+    """The gate with these thresholds [F], none below 0."""
+    own = settings.JumpReluGate()
+    gate = gates.JumpReLU([len(t) for t in thresholds], Shards(), own.threshold, own.bandwidth, "direct")
+    for parameter, value in zip(gate.raw_threshold, thresholds, strict=True):
+        parameter.data = value.detach().clamp(min=0).to(torch.promote_types(value.dtype, torch.float32))
+    return gate
+
+
+def topk(sizes: list[int], k: int) -> gates.TopK:
+    """The k largest of each token and group."""
+    own = settings.TopKGate(k=k)
+    return gates.TopK(sizes, Shards(), k, False, False, False, False, own.threshold_start, own.threshold_decay)
+
+
+def batchtopk(sizes: list[int], k: int, thresholds: Tensor) -> gates.TopK:
+    """k a token and group on average over the batch; `thresholds` [groups]: those of inference."""
+    own = settings.BatchTopKGate(k=k)
+    gate = gates.TopK(sizes, Shards(), k, True, False, False, False, own.threshold_start, own.threshold_decay)
+    gate.inference_threshold.copy_(thresholds.clamp(min=0))
+    return gate
+
+
+# ---------------------------------------------------------------- what a format can hold
+
+
+def shape_of(wiring: Wiring) -> str:
+    """sae, transcoder, clt, crosscoder (acausal) or other: by what is read and written, whatever it was made from."""
+    reads, writes = wiring.reads, wiring.writes
+    if wiring.groups == 1 and reads == writes and len(reads[0]) > 1:
+        return "crosscoder"
+    if any(len(row) > 1 for row in reads):
+        return "other"
+    if all(len(row) == 1 for row in writes) and len(set(writes)) == len(writes):
+        if reads == writes:
+            return "sae"
+        return "other" if set(reads) & set(writes) else "transcoder"
+    ragged = all(row == writes[0][g:] for g, row in enumerate(writes)) and len(writes[0]) == wiring.groups
+    return "clt" if ragged and not {row[0] for row in reads} & set(writes[0]) else "other"
+
+
+def refuse(form: str, what: str, instead: str) -> UserError:
+    """The error of a format that cannot express something."""
+    return UserError(f"--format {form}: has no place for {what}; {instead}")
+
+
+def thresholds_of(dictionary: Dictionary) -> list[Tensor] | None:
+    """θ of each group of a plain dictionary with the gate JumpReLU, else None."""
+    gate = dictionary.gate
+    return [gate.threshold(g).detach() for g in range(len(gate.sizes))] if isinstance(gate, gates.JumpReLU) else None

@@ -1,0 +1,36 @@
+"""A trained run in another program's format: weights, known answers, a model card."""
+
+from __future__ import annotations
+
+from xlc_ray import files
+from xlc_ray.config import UserError
+from xlc_ray.config.errors import nearest
+from xlc_ray.dictionary import checkpoint
+from xlc_ray.export import golden, hub
+from xlc_ray.export.formats import WRITERS
+
+
+def export(run_dir: str, form: str, out: str, push_to_hub: str | None) -> str:
+    """Write a run's newest checkpoint to the new directory `out`, and push that to the Hub if asked.
+
+    Returns what was done, a line each. Raises UserError on a format that is not known or cannot express the dictionary,
+    on an `out` that holds something, and where the Hub does not know the user (asked before anything is written).
+    """
+    if form not in WRITERS:
+        raise UserError(f"--format {form}: unknown; {nearest(form, list(WRITERS))}")
+    if held := files.listdir(out):
+        raise UserError(f"--out {out}: holds {held[0]} already; give a new directory")
+    if push_to_hub:
+        if files.is_url(out):
+            raise UserError(f"--push-to-hub {push_to_hub}: {out} is a URL; give a local --out")
+        hub.check(push_to_hub)
+    dictionary, config = checkpoint.load_dictionary(run_dir)
+    made = WRITERS[form](dictionary, config, out)
+    known = golden.rows(dictionary, config)
+    golden.write(made, known, out)
+    name = files.join(run_dir, "eval.json")
+    metrics = files.read_json(name) if files.exists(name) else None
+    files.write_bytes(files.join(out, hub.CARD), hub.card(made, config, form, metrics, push_to_hub).encode())
+    said = f"{form}: {made.wiring.groups} x {made.sizes[0]:,} features of {config.dictionary.wiring.kind} in {out}\n"
+    said += f"{golden.FILE}: {len(next(iter(known.values.values())))} {known.origin}"
+    return said + (f"\npushed: {hub.push(out, push_to_hub)}" if push_to_hub else "")
