@@ -18,6 +18,8 @@ BASED = ("base_model", {"name": "base", "replace_tokens": [["<turn>", 3]]})
 # One valid form of each section that quickstart lacks, or has in another kind: (overrides, path).
 FORMS = [
     *((("dictionary.wiring", {"kind": kind}),) for kind in ("sae", "transcoder", "clt", "crosscoder")),
+    (BASED, ("dictionary.wiring", {"kind": "model_diff", "layer": 0})),
+    (("dictionary.wiring", {"kind": "model_diff", "layer": 0}), BASED),
     (("dictionary.wiring", {"kind": "custom", "path": "mine:wires", "options": {"reach": 2}}),),
     (("dictionary.gate", {"kind": "custom", "path": "mine:Gate"}),),
     *(
@@ -25,8 +27,6 @@ FORMS = [
         for kind in ("gated", "hard_concrete", "gated_hard_concrete")
     ),
     (("train.loss.matryoshka", {"prefixes": [0.25, 1]}),),
-    (BASED, ("dictionary.wiring", {"kind": "model_diff", "layer": 0})),
-    (("dictionary.wiring", {"kind": "model_diff", "layer": 0}), BASED),
     *((("dictionary.gate", {"kind": kind}),) for kind in ("relu", "jumprelu")),
     *((("dictionary.gate", {"kind": kind, "k": 4}),) for kind in ("topk", "batchtopk")),
     *((("train.lr_schedule", {"kind": kind}),) for kind in ("constant", "linear", "cosine")),
@@ -42,6 +42,7 @@ FORMS = [
     (("train.loss.connection", {"run": "runs/sae", "coefficient": 1.0}),),
     (("train.resample", {"every": 100, "tokens": 1000}),),
     (("train.loss", {}),),
+    (("dictionary.wiring", {"kind": "sae"}), ("train.end_to_end", {})),
     (("train", BASE.train.model_dump(mode="json")),),
     (("dictionary", BASE.dictionary.model_dump(mode="json")),),
 ]

@@ -19,7 +19,8 @@ SHAPES = {
     "pythia": (6, 512),
     "qwen3": (28, 1024),
     "quickstart": (4, 128),
-    "tiny": (4, 128),
+    "tiny_model_diff": (4, 128),
+    "tiny_end_to_end": (4, 64),
 }
 
 files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -57,7 +58,7 @@ def test_file_means_the_same_to_editors_which_read_yaml_1_2(file):
 @files
 def test_wiring_fits_the_model(file):
     config = load_config(file)
-    layers, width = SHAPES[file.stem.split("_")[0]]
+    layers, width = next(shape for name, shape in SHAPES.items() if file.stem.startswith(name))
     wiring = make_wiring(config.dictionary.wiring, layers, width)
     assert all(sites.parse(site)[1] < layers for site in wiring.sites)
     written = config.generate.tokens / config.train.batch_tokens

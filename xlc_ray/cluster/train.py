@@ -170,6 +170,8 @@ class _Watch:
             m = lines[-1]
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
+            if "kl" in m:
+                values = *values, f"kl {m['kl']:.3f}"
             progress.update(m["step"], m["tokens"], *values, f"dead {m['dead_features']:.1%}")
 
 

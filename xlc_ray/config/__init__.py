@@ -90,6 +90,11 @@ class Config(Settings):
                 "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
                 "train.loss.auxk, train.loss.ghost or tied: per_source"
             )
+        if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
+            raise ValueError(
+                f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "
+                "allowed dictionary.wiring.kind: sae, transcoder"
+            )
         return self
 
     def override(self, changes: dict[str, Any]) -> Config:

@@ -70,6 +70,17 @@ class CrosscoderWiring(Settings):
     """acausal: one group reads and writes all; weak: group l reads l, writes l and later; strict: writes only later."""
 
 
+class ModelDiffWiring(Settings):
+    """Model-diff crosscoder: one group reads and writes a site of `model` and the same site of `base_model`."""
+
+    kind: Literal["model_diff"] = "model_diff"
+    """The tag of this wiring."""
+    site: str = "resid_post"
+    """Kind of site."""
+    layer: Annotated[int, Field(ge=0)]
+    """The layer, in both models."""
+
+
 class CustomWiring(Settings):
     """A wiring of your own: a function (layers, width, **options) that returns an xlc_ray.dictionary.Wiring."""
 
@@ -81,17 +92,6 @@ class CustomWiring(Settings):
     """Handed to the function by name."""
     layers: Layers = "all"
     """Layers: all, or a list."""
-
-
-class ModelDiffWiring(Settings):
-    """Model-diff crosscoder: one group reads and writes a site of `model` and the same site of `base_model`."""
-
-    kind: Literal["model_diff"] = "model_diff"
-    """The tag of this wiring."""
-    site: str = "resid_post"
-    """Kind of site."""
-    layer: Annotated[int, Field(ge=0)]
-    """The layer, in both models."""
 
 
 Wiring = Annotated[

@@ -161,6 +161,24 @@ class Resample(Settings):
         return self
 
 
+class EndToEnd(Settings):
+    """The loss is taken after the language model has run on with the reconstruction (Braun et al. 2024)."""
+
+    kl: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of KL(original predictions || predictions with a site reconstructed), nats a token, summed over sites."""
+    downstream: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the error that the reconstruction causes in later resid_post sites: scaled to E|x|^2 = d, mean over
+    those sites."""
+    reconstruction: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the reconstruction error itself."""
+
+    @model_validator(mode="after")
+    def _wants_something(self) -> EndToEnd:
+        if not (self.kl or self.downstream or self.reconstruction):
+            raise ValueError("kl, downstream and reconstruction are all 0; at least one must be more")
+        return self
+
+
 class Optimizer(Settings):
     """Adam or AdamW, fused where the device has it."""
 
@@ -202,6 +220,8 @@ class Train(Settings):
     """The optimizer."""
     loss: Loss = Loss()
     """What is minimised."""
+    end_to_end: EndToEnd | None = None
+    """Train sae or transcoder by what the language model makes of it; runs the model on the text of the store."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null = no clipping."""
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -213,7 +233,7 @@ class Train(Settings):
     resample: Resample | None = None
     """Start dead features anew from time to time."""
     calibration_tokens: Annotated[int, Field(ge=1)] = 65536
-    """Training rows read for b_dec and the geometric median, at most."""
+    """Training rows read for b_dec, its geometric median, and the scales of end_to_end.downstream, at most."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000

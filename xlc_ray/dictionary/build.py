@@ -36,10 +36,10 @@ def make_wiring(config: settings.Wiring, num_layers: int, width: int, base_width
             return replace(wiring.clt(layers, width), skip=skip, tied=tying)
         case settings.CrosscoderWiring(site=site, causality=causality):
             return wiring.crosscoder([f"{site}.{n}" for n in layers], width, causality)
-        case settings.CustomWiring(path=path, options=options):
-            return custom.wiring(path, options, list(layers), width)
         case settings.ModelDiffWiring(site=site):
             return wiring.model_diff(f"{site}.{layers[0]}", width, base_width or width)
+        case settings.CustomWiring(path=path, options=options):
+            return custom.wiring(path, options, list(layers), width)
 
 
 def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.Gate:

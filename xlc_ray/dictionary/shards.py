@@ -6,7 +6,8 @@ group's features. Forward needs
     sum            all-reduce forward, identity backward: each rank's partial reconstruction → the whole one
     kth_largest    the k-th largest of values spread over ranks (values only, no gradient)
 
-and a training step adds one mean of gradients over replicas and one small sum (norms and counts). Without a process
+and a training step adds one mean of gradients over replicas and one small sum (norms and counts); where a rank runs
+other code on the reconstruction (end-to-end training) the ranks agree on its gradient. Without a process
 group all of them are no-ops, and nothing else in the mathematics knows how many ranks there are.
 """
 
@@ -65,6 +66,13 @@ class Shards:
     def sum(self, partial: Tensor) -> Tensor:
         """Sum over the ranks of a replica; the gradient of each summand is the gradient of the sum."""
         return _Sum.apply(partial, self.group) if self.group is not None else partial
+
+    def agreed(self, whole: Tensor) -> Tensor:
+        """The same values, whose gradient becomes the mean of what the ranks of a replica computed of it.
+
+        For gradients that each rank makes by itself with kernels that need not give the same bits twice: replicated
+        parameters would drift apart."""
+        return _Agreed.apply(whole, self.group) if self.group is not None else whole
 
     def mean_of_batches(self, partial: Tensor) -> Tensor:
         """Sum over the ranks of a replica and mean over replicas; gradient as if this replica were alone."""
@@ -174,6 +182,19 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+class _Agreed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, group):
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx, grad):
+        mean = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(mean, group=ctx.group)
+        return mean / dist.get_world_size(ctx.group), None
 
 
 class _Mean(torch.autograd.Function):

@@ -28,15 +28,13 @@ import torch
 from torch import Tensor
 
 from xlc_ray.activations.harvest import LanguageModel
-from xlc_ray.activations.sites import locate, order_key
+from xlc_ray.activations.sites import order_key
+from xlc_ray.activations.splice import Visit, capture, logits_at, put, substitute
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Features, Wiring
 
 ROWS_AT_ONCE = 512
 """Rows of logits turned into float32 probabilities in one piece: vocabularies are wide."""
-
-Visit = Callable[[Tensor], "Tensor | None"]
-"""Sees a site's value [n, context, width]; returns what shall take its place, or None."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,8 @@ def replaceable_in_place(wiring: Wiring) -> bool:
 
 def forward(model: LanguageModel, batch: Batch, visits: Mapping[str, Visit]) -> Tensor:
     """Logits [scored, vocabulary] of one pass of a LanguageModel in which each named site goes through its visit."""
-    places = [(*locate(model.hf, site), visits[site]) for site in sorted(visits, key=order_key)]
-    traced, scored = model.trace_model, batch.scored
-    inputs = {"input_ids": batch.tokens, "attention_mask": batch.attention}
-    with torch.no_grad(), traced.trace(inputs, use_cache=False):
-        for path, side, visit in places:
-            _visit(traced.get(path), side, visit)
-        logits = traced.output.logits[scored].save()
-    return logits  # noqa: RET504 (a traced block cannot return)
+    with torch.no_grad():
+        return logits_at(model, batch.tokens, batch.attention, visits, batch.scored)
 
 
 def replace_all(
@@ -103,29 +95,15 @@ def replace_all(
         writers = [g for g, writes in enumerate(wiring.writes) if site in writes]
         if not writers:
             return None
-        return _put(value, keep, dictionary.decode_site(site, {g: features[g] for g in writers}, inputs))
+        return put(value, keep, dictionary.decode_site(site, {g: features[g] for g in writers}, inputs))
 
     names = wiring.sites
     return {site: lambda value, site=site: visit(site, value) for site in names}
 
 
-def substitute(rows: Mapping[str, Tensor], keep: Tensor) -> dict[str, Visit]:
-    """Visits that put rows [kept, width] of each site in the place of its kept positions."""
-    return {site: lambda value, new=new: _put(value, keep, new) for site, new in rows.items()}
-
-
 def ablate(names: Iterable[str], keep: Tensor) -> dict[str, Visit]:
     """Visits that set the kept positions of each site to zero."""
     return {site: lambda value: value.masked_fill(keep[..., None], 0) for site in names}
-
-
-def capture(names: Iterable[str], keep: Tensor, into: dict[str, Tensor]) -> dict[str, Visit]:
-    """Visits that change nothing and leave each site's kept rows [kept, width] float32 in `into`."""
-
-    def visit(site: str, value: Tensor) -> None:
-        into[site] = value[keep].float()
-
-    return {site: lambda value, site=site: visit(site, value) for site in names}
 
 
 @dataclass
@@ -224,22 +202,3 @@ def compare(clean: Score, replaced: Score, ablated: Score, name: str) -> dict[st
         "kl_ablated": ablated.divergence / ablated.tokens,
         "top1_agreement": replaced.agreement / replaced.tokens,
     }
-
-
-def _visit(envoy: Any, side: str, visit: Visit) -> None:
-    """Inside a trace: hand the tensor at a module's input or output to the visit, and put back what it returns."""
-    served = envoy.input if side == "input" else envoy.output
-    value = served[0] if isinstance(served, tuple) else served
-    new = visit(value)
-    if new is None:
-        return
-    if side == "input":
-        envoy.input = new
-    else:
-        envoy.output = (new, *served[1:]) if isinstance(served, tuple) else new
-
-
-def _put(value: Tensor, keep: Tensor, rows: Tensor) -> Tensor:
-    new = value.clone()
-    new[keep] = rows.to(new.dtype)
-    return new

@@ -36,8 +36,8 @@ WIRINGS = {
     "transcoder": "Transcoders",
     "clt": "Cross-layer transcoder",
     "crosscoder": "Crosscoder",
-    "custom": "Custom dictionary",
     "model_diff": "Model-diff crosscoder",
+    "custom": "Custom dictionary",
 }
 MAIN_CURVES = (
     ("loss", "Loss"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xlc_ray.config import UserError
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Dictionary, Wiring, gates
-from xlc_ray.dictionary.fold import fold
+from xlc_ray.dictionary.fold import fold, untie
 from xlc_ray.dictionary.selection import LEAST
 from xlc_ray.dictionary.shards import Shards
 
@@ -32,6 +32,7 @@ def plain(dictionary: Dictionary) -> Dictionary:
     Features and reconstructions are equal, but that a TopK which ranks by decoder norm gets unit decoder rows, so that
     its features are in units of n_i. Raises UserError for a gate that no format knows.
     """
+    dictionary = untie(dictionary) if dictionary.wiring.tied else dictionary
     gate, parts = dictionary.gate, [(g.W_enc, g.b_enc, g.W_dec) for g in dictionary.groups]
     match gate:
         case gates.ReLU():
@@ -39,7 +40,7 @@ def plain(dictionary: Dictionary) -> Dictionary:
         case gates.JumpReLU():
             simple = jumprelu([gate.threshold(g).detach() for g in range(len(parts))])
         case gates.TopK() if gate.zscores:
-            raise UserError("export: no format here ranks by z-scores (dictionary.gate.rank_by); the run can be loaded")
+            raise UserError("export: no format here ranks by z-scores; the run itself can be loaded")
         case gates.TopK(shared=True):
             simple = jumprelu([_inference_threshold(gate, g, part[2]) for g, part in enumerate(parts)])
         case gates.TopK():

@@ -38,6 +38,9 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
     yield from _cost(config, load)
     tokens = config.generate.tokens + config.generate.held_out_tokens
     yield f"disk          {tokens * stored / GB:,.1f} GB of activations: {tokens:,} tokens of {stored:,} bytes"
+    if config.train.end_to_end:
+        runs = 1 + len(wires.written_sites)
+        yield f"end to end    {runs} runs of the language model a batch on every worker come on top: not counted below"
     read = BYTES[config.generate.dtype] * load.stored
     device = measure(torch.device("cpu")) if gpu is None else GPUS[gpu]
     found = _here(config, load, device, read) if gpu is None else _everywhere(config, load, device, nodes, read)

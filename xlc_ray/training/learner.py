@@ -9,7 +9,7 @@ clip, Adam, unit norm, thresholds, dead-feature counters
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from xlc_ray.training.schedules import factor, rewarmed
 Batch = Mapping[str, Tensor]
 Terms = dict[str, tuple[float, Tensor, bool]]
 """Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
+Micro = tuple[Batch, "Callable[[Tensor], Terms] | None"]
+"""A micro-batch, and what the reconstruction ŷ [B, W] of it adds to the loss (None: nothing)."""
 
 
 class Diverged(RuntimeError):
@@ -60,17 +62,20 @@ class Learner:
 
     def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
         """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
+        parts, rows = self.config.train.accumulate, next(iter(batch.values())).shape[0]
+        cuts = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+        micros = (({site: values[cut] for site, values in batch.items()}, None) for cut in cuts)
+        return self.train_on(micros, rows, measure)
+
+    def train_on(self, micros: Iterable[Micro], rows: int, measure: bool) -> dict[str, float] | None:
+        """Likewise on `accumulate` micro-batches, of so many rows together."""
         self.dictionary.train()
         self.dictionary.gate.start_step(self.step, self.config.train.steps)
         forget_gradients(self.parameters.values())
-        parts = self.config.train.accumulate
-        rows = next(iter(batch.values())).shape[0]
         fired = [torch.zeros_like(s, dtype=torch.bool) for s in self.silent]
         metrics: dict[str, Tensor] = {}
-        for i in range(parts):
-            cut = slice(rows * i // parts, rows * (i + 1) // parts)
-            micro = {site: values[cut] for site, values in batch.items()}
-            metrics = self._micro_step(micro, fired, measure, metrics)
+        for micro, more in micros:
+            metrics = self._micro_step(micro, more, fired, measure, metrics)
         if of_weights := self._weight_terms():
             torch.stack([weight * term for weight, term, _ in of_weights.values()]).sum().backward()
             metrics |= _named(of_weights) if measure else {}
@@ -91,7 +96,14 @@ class Learner:
         train = self.config.train
         return train.lr * factor(train.lr_schedule, step, train.steps) * rewarmed(train.resample, step, train.steps)
 
-    def _micro_step(self, micro: Batch, fired: list[Tensor], measure: bool, metrics: dict) -> dict:
+    def _micro_step(
+        self,
+        micro: Batch,
+        more: Callable[[Tensor], Terms] | None,
+        fired: list[Tensor],
+        measure: bool,
+        metrics: dict,
+    ) -> dict:
         parts, d = self.config.train.accumulate, self.dictionary
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
         code = d.analyse(x, self._dead(), self._needs_norms(), self._needs_pre())
@@ -100,6 +112,8 @@ class Learner:
         count = len(self.cuts[0]) if self.cuts else 1
         y_hat = found[count - 1]
         terms = self._terms(code, norms, found[:count], found[count:], x, y)
+        if more:
+            terms |= more(self.shards.agreed(y_hat))
         weighted = sum(weight * term for weight, term, _ in terms.values())
         # Exactly 1, or NaN where an input is not finite: such a row may win no place and would else leave no trace.
         sound = 1 + 0 * x.sum()
@@ -130,7 +144,8 @@ class Learner:
             fit = losses.of_prefixes(prefixes, y, self.weights, loss.matryoshka.combine == "mean")
         else:
             fit = losses.reconstruction(prefixes[-1], y, self.weights)
-        terms = {"reconstruction": (1.0, fit, False)}
+        end_to_end = self.config.train.end_to_end
+        terms = {"reconstruction": (end_to_end.reconstruction if end_to_end else 1.0, fit, False)}
         if (s := loss.sparsity) is not None:
             weight = s.coefficient * factor(s.schedule, self.step, self.config.train.steps)
             terms["sparsity"] = (weight, self._sparsity(code, norms, s), s.target_l0 is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,17 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
     wiring = make_wiring(config.dictionary.wiring, layers, width, widths.get(True))
     if missing := [s for s in wiring.sites if s not in have]:
         raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
+    if config.train.end_to_end:
+        _check_text(config, data)
     return wiring
+
+
+def _check_text(config: Config, data: store.Store) -> None:
+    if data.manifest.fingerprint is None:
+        raise UserError(f"train.end_to_end: the store {config.source.path} does not know the text of its rows")
+    # Stores know a local model by its last name.
+    if files.name(data.manifest.model) != files.name(config.model.name):
+        raise UserError(f"model.name: {config.model.name}; {config.source.path} is of {data.manifest.model}")
 
 
 def order_for(config: Config, data: store.Store) -> order.Order:
@@ -155,20 +166,17 @@ def train_rank(
 def _steps(
     config: Config, learner: Learner, data: store.Store, reader: Reader, device, log: Log | None, announce, saved
 ) -> dict[str, Any]:
-    train, shards, wiring = config.train, learner.shards, learner.dictionary.wiring
-    first, rows = learner.step, train.batch_tokens // learner.shards.replicas
-    widths = {site: wiring.widths[site] for site in wiring.sites}
-    dtype = getattr(torch, data.dtype)
-    batches = shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device)
+    train, first = config.train, learner.step
+    steps = _each_step(config, learner, data, reader, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
     while learner.step < train.steps:
         asked = time.perf_counter()
-        batch = next(batches)
+        train_step = next(steps)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
         due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
         measure = last or due or learner.step == first or (learner.step + 1) % train.log_every == 0
-        found = learner.train_step(batch, measure)
+        found = train_step(measure)
         if due and found is not None:
             found["resampled"] = resample(learner, lambda: _sample(config, learner, data))
         clock.tokens += train.batch_tokens
@@ -202,6 +210,25 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     for n, batch in zip(batches, found, strict=True):
         inside = slice(max(0, start - n * rows), start + tokens - n * rows)
         yield {site: values[inside] for site, values in batch.items()}
+
+
+def _each_step(
+    config: Config, learner: Learner, data: store.Store, reader: Reader, device: torch.device
+) -> Iterator[Callable[[bool], dict[str, float] | None]]:
+    """For each step that is left: what trains on its batch, given whether to measure."""
+    train, shards, wiring, first = config.train, learner.shards, learner.dictionary.wiring, learner.step
+    rows = train.batch_tokens // shards.replicas
+    if train.end_to_end:
+        from xlc_ray.training.end_to_end import EndToEnd  # with its language-model libraries, which others do not need
+
+        frozen = EndToEnd(learner.dictionary, config, data)
+        for step in range(first, train.steps):
+            yield partial(learner.train_on, frozen.batch(step), rows)
+        return
+    widths = {site: wiring.widths[site] for site in wiring.sites}
+    dtype = getattr(torch, data.dtype)
+    for batch in shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device):
+        yield partial(learner.train_step, batch)
 
 
 def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
