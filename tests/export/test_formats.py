@@ -10,10 +10,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import xlc_ray as xlc
+from tests.dictionary.make import dictionary as random_dictionary
 from tests.export import make
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import gates
 from xlc_ray.export import formats
+from xlc_ray.export.plain import plain
 
 THRESHOLDED = ("jumprelu", "jumprelu_direct", "batchtopk", "batchtopk_by_norm", "batchtopk_group", "topk_shared")
 SAE_GATES = [("sae", gate) for gate in make.GATES if gate != "topk_shared"] + [("saes", gate) for gate in make.GATES]
@@ -155,6 +157,20 @@ def test_circuit_tracer_needs_every_layer(tmp_path):
     object.__setattr__(dictionary, "wiring", make.wiring.transcoders([0, 2, 3], make.WIDTH, skip=False))
     with pytest.raises(UserError, match=r"layers \[0, 2, 3\] alone.*layers: all"):
         formats.WRITERS["circuit_tracer"](dictionary, make.config("transcoder", "relu"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"kind": "gated"}, "no format here has the gate Gated"),
+        ({"kind": "hard_concrete"}, "no format here has the gate HardConcrete"),
+        ({"kind": "batchtopk", "k": 3, "rank_by": "zscore"}, "no format here ranks by z-scores"),
+    ],
+    ids=str,
+)
+def test_gates_without_a_format_are_refused(gate, message):
+    with pytest.raises(UserError, match=message):
+        plain(random_dictionary(make.WIRINGS["clt"], gate))
 
 
 def test_a_directory_of_nothing_known_is_named(tmp_path):
