@@ -34,6 +34,7 @@ GATES = {
     "topk_group": {"kind": "topk", "k": 2, "pool": "group"},
     "topk_norm": {"kind": "topk", "k": 2, "pool": "group", "rank_by": "decoder_norm"},
     "jumprelu": {"kind": "jumprelu", "threshold": 0.3},
+    "tied_norm": {"kind": "batchtopk", "k": 3, "rank_by": "decoder_norm", "threshold_start": 3},
 }
 NO_OPTIONS = {"per_feature": False, "target_l0": None, "tolerance": 0.1, "folded": False}
 
@@ -45,7 +46,9 @@ def trained(tmp_path_factory):
 
     def run(name):
         if name not in done:
-            config = small_run_in(tmp_path_factory.mktemp(name))({"dictionary.gate": GATES[name]})
+            wires = {"kind": "clt", "tied": "per_source"} if name.startswith("tied") else {"kind": "clt"}
+            changes = {"dictionary.gate": GATES[name], "dictionary.wiring": wires}
+            config = small_run_in(tmp_path_factory.mktemp(name))(changes)
             train_alone(config)
             done[name] = config
         return done[name]
@@ -69,7 +72,7 @@ def codes(dictionary, batch):
     return [f.dense() for f in dictionary.encode(dictionary.normalize_inputs(batch))]
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "batchtopk_group", "batchtopk_norm", "topk"])
+@pytest.mark.parametrize("name", ["batchtopk", "batchtopk_group", "batchtopk_norm", "topk", "tied_norm"])
 def test_at_scale_one_the_codes_are_those_of_the_inference_form(trained, name):
     config = trained(name)
     before, found = converted(config, tolerance=1000.0)

@@ -138,7 +138,7 @@ def _estimate(dictionary: Dictionary, rows: Rows) -> list[Kept]:
     gate, device = dictionary.gate, dictionary.b_dec.device
     own_gate = copy.deepcopy(gate)  # selecting leaves traces in a gate in training form
     seen = with_gate(dictionary, own_gate.train(not isinstance(gate, JumpReLU)))
-    norms = [group.norms() if gate.needs_norms else None for group in seen.groups]
+    norms = [seen.norms(g) if gate.needs_norms else None for g in range(len(seen.groups))]
     kept = [Kept.empty(n) for n in seen.sizes]
     for batch in rows():
         x = seen.normalize_inputs({site: values.to(device) for site, values in batch.items()})

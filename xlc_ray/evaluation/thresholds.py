@@ -95,7 +95,7 @@ def pool_thresholds(dictionary: Dictionary, kept: list[Kept]) -> list[Tensor]:
     for g, (group, seen) in enumerate(zip(dictionary.groups, kept, strict=True)):
         mean = group.b_enc.new_tensor(seen.least_score / max(seen.scored, 1))
         own = gate.inference_threshold[0 if gate.over_groups else g] if gate.shared else mean
-        norms = group.norms().detach()
+        norms = dictionary.norms(g).detach()
         found.append(own / norms.clamp(min=LEAST) if gate.needs_norms else own.expand_as(norms).clone())
     return found
 
