@@ -24,7 +24,7 @@ DIFF = wiring.model_diff("resid_post.2", 5, 5)
 
 def measured(dictionary, batches):
     diff = ModelDiff.of(dictionary)
-    evaluate_reconstruction(dictionary, batches, diff.update)
+    evaluate_reconstruction(dictionary, batches, diff=diff)
     return diff
 
 
