@@ -11,73 +11,28 @@ Shapes: B tokens, F features of a group on this rank, R / W summed width of site
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from xlc_ray.dictionary import tied
+from xlc_ray.dictionary.columns import AddColumns, columns, join
 from xlc_ray.dictionary.features import Chosen, Features
 from xlc_ray.dictionary.gates import Gate, Selected
+from xlc_ray.dictionary.groups import FeatureGroup
 from xlc_ray.dictionary.nested import Cuts, decode_parts
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, cut, positions, take
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import BREAK_EVEN, Support, encode_at, linear_at, sparse_pays
-from xlc_ray.dictionary.wiring import Spans, Tying, Wiring
+from xlc_ray.dictionary.wiring import Wiring
 
 GHOST = 30.0  # dead pre-activations beyond this no longer grow under exp, which would overflow
 TILE = 2**23  # pre-activations in a tile: 32 MB
-INIT_BLOCK = 256  # features drawn from one random stream, so that any slice of features can be made alone
-
-
-class FeatureGroup(nn.Module):
-    """W_enc [F, R_g], b_enc [F], W_dec [F, W_g]: row i is feature i; its decoder row holds all written sites.
-
-    With tied decoders W_dec is [F, d], and `feature_scale`, `feature_offset` [F] (or None) belong to the group's own
-    target: see tied.py."""
-
-    feature_scale: nn.Parameter | None
-    feature_offset: nn.Parameter | None
-
-    def __init__(self, features: int, read_width: int, write_width: int, tying: Tying | None):
-        super().__init__()
-        self.feature_scale = nn.Parameter(torch.ones(features)) if tying and tying.scale else None
-        self.feature_offset = nn.Parameter(torch.zeros(features)) if tying and tying.offset else None
-        self.W_enc = nn.Parameter(torch.empty(features, read_width))
-        self.b_enc = nn.Parameter(torch.zeros(features))
-        self.W_dec = nn.Parameter(torch.empty(features, write_width))
-
-    @torch.no_grad()
-    def initialise(self, seed: int, g: int, first: int, decoder_norm: float, tied: bool) -> None:
-        """Random decoder rows of one norm; encoder rows a copy of them (`tied`) or random of norm 1.
-
-        Row i depends on (seed, g, i) alone, not on how features are split over ranks."""
-        features, width = self.W_dec.shape
-        for block in range(first // INIT_BLOCK, -(-(first + features) // INIT_BLOCK)):
-            stream = int(np.random.SeedSequence([seed, g, block]).generate_state(1, np.uint64)[0] >> 1)
-            generator = torch.Generator().manual_seed(stream)
-            rows = torch.randn(INIT_BLOCK, width + self.W_enc.shape[1], generator=generator, dtype=torch.float32)
-            lo, hi = max(first, block * INIT_BLOCK), min(first + features, (block + 1) * INIT_BLOCK)
-            rows = rows[lo - block * INIT_BLOCK : hi - block * INIT_BLOCK]
-            decoder = nnf.normalize(rows[:, :width], dim=1) * decoder_norm
-            self.W_dec[lo - first : hi - first] = decoder
-            self.W_enc[lo - first : hi - first] = decoder if tied else nnf.normalize(rows[:, width:], dim=1)
-
-    def norms(self) -> Float[Tensor, "F"]:
-        """Norm of each row of W_dec. Its gradient at a zero row is zero."""
-        return torch.linalg.vector_norm(self.W_dec, dim=1)
-
-    def frozen(self) -> FeatureGroup:
-        """The same group of the same memory, through which no gradient reaches the parameters."""
-        made = copy.copy(self)
-        vars(made)["_parameters"] = {name: p if p is None else p.detach() for name, p in self._parameters.items()}
-        return made
 
 
 @dataclass(frozen=True)
@@ -151,11 +106,11 @@ class Dictionary(nn.Module):
 
     def normalize_inputs(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> Float[Tensor, "B R"]:
         """x: the sites read, side by side, in the dictionary's units."""
-        return (_join(activations, self.wiring.read_sites, self.b_dec) - self.read_mean) / self.read_scale
+        return (join(activations, self.wiring.read_sites, self.b_dec) - self.read_mean) / self.read_scale
 
     def normalize_targets(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> Float[Tensor, "B W"]:
         """y: the sites written, side by side, in the dictionary's units."""
-        return (_join(activations, self.wiring.written_sites, self.b_dec) - self.write_mean) / self.write_scale
+        return (join(activations, self.wiring.written_sites, self.b_dec) - self.write_mean) / self.write_scale
 
     def denormalize(self, y: Float[Tensor, "B W"]) -> dict[str, Float[Tensor, "B _"]]:
         """Written sites in the model's own units."""
@@ -226,8 +181,8 @@ class Dictionary(nn.Module):
         """What is added to the features' part: b_dec [W], and with skip connections x W_skipᵀ [B, W]."""
         if not self.wiring.skip:
             return self.b_dec
-        linear = [nnf.linear(_columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
-        return self.b_dec + _AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
+        linear = [nnf.linear(columns(x, self._reads[g]), W) for g, W in enumerate(self.W_skip)]
+        return self.b_dec + AddColumns.apply(self.b_dec.shape[0], self._writes, *linear)
 
     def reconstruct(self, activations: Mapping[str, Float[Tensor, "B _"]]) -> dict[str, Float[Tensor, "B _"]]:
         """Written sites from read ones, both in the model's own units."""
@@ -240,9 +195,9 @@ class Dictionary(nn.Module):
         """Features of one group from its own read sites alone, in inference form (whole dictionaries only)."""
         assert not self.training
         sites = self.wiring.reads[g]
-        columns = self.wiring.columns(self.wiring.read_sites)
-        raw = _join(activations, sites, self.b_dec)
-        mean, scale = (torch.cat([v[columns[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
+        places = self.wiring.columns(self.wiring.read_sites)
+        raw = join(activations, sites, self.b_dec)
+        mean, scale = (torch.cat([v[places[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
         x, group = (raw - mean) / scale, self.groups[g]
         norms = [self.norms(n).detach() for n in range(len(self.groups))] if self.gate.needs_norms else None
         pre = nnf.linear(x, group.W_enc, group.b_enc)
@@ -269,7 +224,7 @@ class Dictionary(nn.Module):
                 out = out + features[g].decode(self.groups[g].W_dec[:, own])[0]
             if self.wiring.skip:
                 read = self.wiring.columns(self.wiring.read_sites)[self.wiring.reads[g][0]]
-                raw = _join(activations, self.wiring.reads[g], self.b_dec)
+                raw = join(activations, self.wiring.reads[g], self.b_dec)
                 out = out + nnf.linear((raw - self.read_mean[read]) / self.read_scale[read], self.W_skip[g][own])
         return out * self.write_scale[here] + self.write_mean[here]
 
@@ -282,7 +237,7 @@ class Dictionary(nn.Module):
     def _preactivations(self, g: int, x: Tensor) -> Tensor:
         group = self.groups[g]
         with self._reduced_precision():
-            return nnf.linear(_columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
+            return nnf.linear(columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
 
     @torch.no_grad()
     def _select(self, x: Tensor, lengths: list[Tensor] | None, extra: list[Pool]) -> Selected:
@@ -316,16 +271,16 @@ class Dictionary(nn.Module):
         if place not in memory or memory[place].numel() < size:
             memory[place] = group.b_enc.new_empty(size)
         out = memory[place][:size].view(x.shape[0], group.b_enc.shape[0])
-        return torch.addmm(group.b_enc, _columns(x, self._reads[g]), group.W_enc.T, out=out)
+        return torch.addmm(group.b_enc, columns(x, self._reads[g]), group.W_enc.T, out=out)
 
     def _features(self, g: int, x: Tensor, picked: Picked | None, whole: list[Tensor] | None) -> Features:
         entries = x.shape[0] * self.groups[g].b_enc.shape[0]
         if picked is not None and sparse_pays(self.products, picked.entry.numel(), entries, x.device):
             support, pre = self._entries(g, x, picked.entry, picked.pre)
-            return Features(self._values(g, _columns(x, self._reads[g]), pre, support), pre, support)
+            return Features(self._values(g, columns(x, self._reads[g]), pre, support), pre, support)
         pre = whole[g] if whole else self._preactivations(g, x)
         if not self.gate.ranks:
-            return Features(self._values(g, _columns(x, self._reads[g]), pre, None), pre)
+            return Features(self._values(g, columns(x, self._reads[g]), pre, None), pre)
         assert picked is not None
         mask = torch.zeros_like(pre, dtype=torch.bool)
         mask.view(-1)[picked.entry] = True
@@ -345,13 +300,13 @@ class Dictionary(nn.Module):
         """The support of some entries, and the pre-activations there with gradient."""
         group = self.groups[g]
         support = Support(entry, (x.shape[0], group.b_enc.shape[0]))
-        return support, encode_at(_columns(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
+        return support, encode_at(columns(x, self._reads[g]), group.W_enc, group.b_enc, support, pre)
 
     @torch.no_grad()
     def _dead_preactivations(self, g: int, x: Tensor, dead: Tensor) -> Tensor:
         """[B, dead features of this rank]."""
         group = self.groups[g]
-        return nnf.linear(_columns(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
+        return nnf.linear(columns(x, self._reads[g]), group.W_enc[dead], group.b_enc[dead])
 
     def _revive(self, g: int, x: Tensor, rivals: Tensor, dead: Tensor, limit: Limit | None) -> Features:
         """Activations max(pre, 0) of dead features, within the limit if there is one."""
@@ -367,7 +322,7 @@ class Dictionary(nn.Module):
     def _ghosts(self, g: int, x: Tensor, dead: Tensor) -> Chosen:
         """exp(pre) of dead features."""
         group, which = self.groups[g], positions(dead)
-        pre = nnf.linear(_columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
+        pre = nnf.linear(columns(x, self._reads[g]), group.W_enc[which], group.b_enc[which])
         return Chosen(pre.clamp(max=GHOST).exp(), pre, which=which)
 
     def _partial(
@@ -384,40 +339,9 @@ class Dictionary(nn.Module):
             with self._reduced_precision():
                 spans, outs = tied.decode(self.wiring, groups, features, cuts or none)
             lengths = [self.norms(g) for g in range(len(features))] if norms else None
-            return _AddColumns.apply(width, spans, *outs), lengths
+            return AddColumns.apply(width, spans, *outs), lengths
         each = zip(features, groups, cuts or none, norms or none, strict=True)
         with self._reduced_precision():
             made = [decode_parts(f, group.W_dec, stops, n) for f, group, stops, n in each]
-        whole = _AddColumns.apply(width, self._writes, *[y for y, _ in made])
+        whole = AddColumns.apply(width, self._writes, *[y for y, _ in made])
         return whole, [n for _, n in made if n is not None] if norms else None
-
-
-def _join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor) -> Tensor:
-    return torch.cat([activations[s].to(like.dtype) for s in sites], dim=1)
-
-
-def _columns(x: Tensor, spans: Spans) -> Tensor:
-    return x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, s] for s in spans], dim=1)
-
-
-class _AddColumns(torch.autograd.Function):
-    """Sum of parts, each in its own columns of a [B, width] matrix. Backward only slices: nothing is copied."""
-
-    @staticmethod
-    def forward(ctx, width, spans, *parts):
-        ctx.spans = spans
-        dtype = torch.promote_types(parts[0].dtype, torch.float32)
-        out = torch.zeros(parts[0].shape[0], width, dtype=dtype, device=parts[0].device)
-        for own, part in zip(spans, parts, strict=True):
-            start = 0
-            for span in own:
-                size = span.stop - span.start
-                out[:, span] += part[:, start : start + size]
-                start += size
-        ctx.dtypes = [p.dtype for p in parts]
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        parts = (_columns(grad, own).to(dtype) for own, dtype in zip(ctx.spans, ctx.dtypes, strict=True))
-        return None, None, *parts

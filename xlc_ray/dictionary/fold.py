@@ -26,8 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xlc_ray.config import UserError
-from xlc_ray.dictionary.dictionary import Dictionary, FeatureGroup
+from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.gates import Gate, JumpReLU, ReLU, TopK
+from xlc_ray.dictionary.groups import FeatureGroup
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ those of the untied dictionary that computes the same without offsets: a_t D, si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xlc_ray.dictionary.features import Features
+from xlc_ray.dictionary.groups import FeatureGroup
 from xlc_ray.dictionary.nested import decode_parts
 from xlc_ray.dictionary.wiring import Spans, Wiring
 
 if TYPE_CHECKING:
-    from xlc_ray.dictionary.dictionary import FeatureGroup
-
     Groups = Sequence[FeatureGroup]
+else:
+    Groups = Iterable  # a ModuleList, which Python does not call a Sequence
 
 
 def rows(wiring: Wiring, groups: Groups, g: int, site: str) -> Float[Tensor, "F d"]:

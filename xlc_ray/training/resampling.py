@@ -23,7 +23,7 @@ from torch import Tensor
 from xlc_ray.dictionary import losses
 from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.checkpoint import group_of
-from xlc_ray.dictionary.wiring import Spans
+from xlc_ray.dictionary.columns import columns
 from xlc_ray.training import optimizers
 from xlc_ray.training.learner import Diverged, Learner
 
@@ -132,17 +132,13 @@ def _starts(learner: Learner, sample: Sample, own: list[np.ndarray]) -> list[tup
             place = mine[mine >= 0]
             here = torch.from_numpy((place >= first) & (place < first + len(x))).to(like.device)
             which = torch.from_numpy(place).to(like.device)[here] - first
-            written = _columns(v, wires.write_spans(g))[which]
+            written = columns(v, wires.write_spans(g))[which]
             if wires.tied:
                 written = written.unflatten(1, (len(wires.writes[g]), -1)).sum(dim=1)
-            found[g][0][here] = _columns(x, wires.read_spans(g))[which]
+            found[g][0][here] = columns(x, wires.read_spans(g))[which]
             found[g][1][here] = written
         first += len(x)
     return found
-
-
-def _columns(x: Tensor, spans: Spans) -> Tensor:
-    return torch.cat([x[:, span] for span in spans], dim=1)
 
 
 def _write(learner: Learner, g: int, which: Tensor, x: Tensor, v: Tensor, encoder: float, decoder: float) -> None:
