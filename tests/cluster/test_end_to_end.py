@@ -10,7 +10,7 @@ from xlc_ray.cluster.train import train
 from xlc_ray.config import UserError
 from xlc_ray.training import train_alone
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 def test_shards_on_workers_give_the_result_of_one_process(cluster, tmp_path):

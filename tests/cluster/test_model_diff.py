@@ -21,7 +21,7 @@ from xlc_ray.config import UserError
 from xlc_ray.dictionary.checkpoint import load_dictionary
 from xlc_ray.training import train_alone
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SITES = ("resid_post.2", "resid_post.2@base")
 

@@ -53,6 +53,7 @@ def config(tmp_path, tiny_config, asset, monkeypatch):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_mixture_gives_what_one_process_would_and_is_known_again(cluster, config):
     made = generate(config)
     assert_equals_in_process_harvest(config)
