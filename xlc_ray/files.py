@@ -98,6 +98,19 @@ def read_json(path: str) -> Any:
     return json.loads(read_bytes(path))
 
 
+def read_mapping(path: str) -> dict[str, Any]:
+    """The JSON object in a file that must be there. Raises UserError naming it."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
 def write_bytes(path: str, data: bytes) -> None:
     """Write a file whole: readers see the old content or the new, never a part."""
     if is_url(path):  # object stores publish an object only when it is complete

@@ -25,7 +25,7 @@ def read_manifest(path: str) -> Manifest:
     """The manifest that such a store would have. Raises UserError naming the file that is missing or inconsistent."""
     if files.is_url(path):
         raise UserError(f"{path}: a store without manifest.json is read from a local directory only; copy it first")
-    metadata = read_required(files.join(path, "metadata.json"))
+    metadata = files.read_mapping(files.join(path, "metadata.json"))
     for key in ("num_layers", "d_model", "total_tokens"):
         if not isinstance(metadata.get(key), int):
             raise UserError(f"{path}/metadata.json: {key} is missing or no whole number")
@@ -50,7 +50,7 @@ def read_manifest(path: str) -> Manifest:
 def read_statistics(path: str, manifest: Manifest) -> dict[str, SiteStatistics]:
     """Statistics of every site from norm_stats.json. Raises UserError where one is missing or of another width."""
     name = files.join(path, "norm_stats.json")
-    stats = read_required(name)
+    stats = files.read_mapping(name)
     found = {}
     for site, width in manifest.sites.items():
         kind, layer = site.split(".")
@@ -61,19 +61,6 @@ def read_statistics(path: str, manifest: Manifest) -> dict[str, SiteStatistics]:
             raise UserError(f"{name}: {layer}.{end}.std has negative values")
         found[site] = SiteStatistics(manifest.tokens, mean, std, None)
     return found
-
-
-def read_required(path: str) -> dict[str, Any]:
-    """A JSON object in a file that must be there. Raises UserError naming it."""
-    try:
-        value = files.read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 def _vector(values: Any, width: int, where: str) -> np.ndarray:

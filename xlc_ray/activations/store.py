@@ -60,7 +60,7 @@ def open_store(path: str) -> Store:
     """Open a complete store, ours or crosslayer-coding's. Raises UserError where there is none or it disagrees."""
     name = files.join(path, "manifest.json")
     if files.exists(name):
-        raw = foreign.read_required(name)
+        raw = files.read_mapping(name)
         if raw.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
             raise UserError(
                 f"{name}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}; update xlc_ray"
@@ -163,7 +163,7 @@ class Store:
         if self.manifest.fingerprint is None:
             return foreign.read_statistics(self.path, self.manifest)
         name = files.join(self.path, "statistics.json")
-        tree, found = foreign.read_required(name), {}
+        tree, found = files.read_mapping(name), {}
         for site, width in self.manifest.sites.items():
             s = tree.get(site)
             if s is None or len(s["mean"]) != width or len(s["std"]) != width or s["count"] != self.manifest.tokens:

@@ -20,7 +20,7 @@ import numpy as np
 
 from xlc_ray import files
 from xlc_ray.activations import chunkfile
-from xlc_ray.activations.foreign import INDEX_RECORD, read_required
+from xlc_ray.activations.foreign import INDEX_RECORD
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
 from xlc_ray.activations.sites import of_base
 from xlc_ray.activations.windows import ChunkText, Windows
@@ -58,7 +58,7 @@ def begin(path: str, identity: Mapping[str, Any]) -> None:
     """Claim a directory for this content. Raises UserError where it holds, or was begun with, another."""
     name = files.join(path, "identity.json")
     if files.exists(name):
-        there, asked = _flat(read_required(name)), _flat(identity)
+        there, asked = _flat(files.read_mapping(name)), _flat(identity)
         for key in sorted(there.keys() | asked.keys()):
             if there.get(key) != asked.get(key):
                 was, now = there.get(key), asked.get(key)
@@ -114,7 +114,7 @@ def write_plan(path: str, rows: Sequence[int]) -> None:
 def read_plan(path: str) -> list[int] | None:
     """Rows of each chunk; None until `write_plan`."""
     name = files.join(path, "text", "plan.json")
-    return read_required(name)["rows"] if files.exists(name) else None
+    return files.read_mapping(name)["rows"] if files.exists(name) else None
 
 
 def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: str) -> ChunkRecord:
@@ -171,7 +171,7 @@ def missing_chunks(path: str, n: int) -> list[int]:
 
 
 def _read_record(path: str, index: int) -> ChunkRecord:
-    return ChunkRecord.model_validate(read_required(_record_file(path, index)))
+    return ChunkRecord.model_validate(files.read_mapping(_record_file(path, index)))
 
 
 def finish(path: str, identity: Mapping[str, Any]) -> Manifest:

@@ -22,7 +22,7 @@ from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Shards, gates, wiring
 from xlc_ray.export.golden import FILE as GOLDEN
 from xlc_ray.export.plain import Weights, assemble, jumprelu
-from xlc_ray.export.weights import pick, read_mapping, read_tensors
+from xlc_ray.export.weights import pick, read_tensors
 
 ENCODER, DECODER = "encoder_module.encoders", "decoder_module.decoders"
 EPSILON = 1e-6  # what that program adds to a deviation before it divides
@@ -32,13 +32,13 @@ def detect(path: str, names: set[str]) -> bool:
     """Whether a directory with these files is one of crosslayer-coding."""
     if "cfg.json" not in names or not _weight_files(names):
         return False
-    return {"num_features", "num_layers", "d_model"} <= set(read_mapping(files.join(path, "cfg.json")))
+    return {"num_features", "num_layers", "d_model"} <= set(files.read_mapping(files.join(path, "cfg.json")))
 
 
 def read(path: str) -> Dictionary:
     """The dictionary in such a directory (of several checkpoints the latest), reading mlp_in and writing mlp_out."""
     where = files.join(path, "cfg.json")
-    facts = read_mapping(where)
+    facts = files.read_mapping(where)
     if (activation := facts.get("activation_fn")) not in ("relu", "jumprelu"):
         raise UserError(
             f"{where}: activation_fn {activation} depends on the other tokens or layers; allowed: relu, jumprelu: "
@@ -115,7 +115,7 @@ def _normalise(made: Dictionary, facts: dict[str, Any], path: str) -> None:
     found = [name for name in here if files.exists(name)]
     if not found:
         raise UserError(f"{here[0]}: missing, but cfg.json says normalization_method {method}; copy the dataset's here")
-    stats = read_mapping(found[0])
+    stats = files.read_mapping(found[0])
     for side, end in (("read", "inputs"), ("write", "targets")):
         means, stds = zip(*(_moments(stats, found[0], n, end) for n in range(facts["num_layers"])), strict=True)
         for key, parts in (("mean", means), ("scale", [std + EPSILON for std in stds])):

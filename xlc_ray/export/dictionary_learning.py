@@ -25,7 +25,7 @@ from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import hook_of, kind_and_layer, model_name, site_of
 from xlc_ray.export.plain import Weights, assemble, batchtopk, jumprelu, plain, refuse, shape_of, topk, unit_rows
-from xlc_ray.export.weights import pick, read_mapping, read_tensors, write_tensors
+from xlc_ray.export.weights import pick, read_tensors, write_tensors
 
 NAME = "dictionary_learning"
 WEIGHTS, CROSSCODER = "ae.pt", "cc_weights.pt"
@@ -181,7 +181,7 @@ Part = tuple[tuple[str, int], str, Weights, Tensor, dict[str, Tensor]]
 
 def _read_one(folder: str) -> Part:
     where = files.join(folder, "config.json")
-    trainer = read_mapping(where).get("trainer")
+    trainer = files.read_mapping(where).get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{where}: has no trainer")
     kind = str(trainer.get("dict_class"))
@@ -212,7 +212,7 @@ def _place(trainer: dict[str, Any]) -> tuple[str, int]:
 
 def _read_crosscoder(path: str) -> Dictionary:
     name = files.join(path, CROSSCODER)
-    facts = read_mapping(files.join(path, "cfg.json"))
+    facts = files.read_mapping(files.join(path, "cfg.json"))
     W_enc, b_enc, W_dec, b_dec = pick(read_tensors(name), name, "W_enc", "b_enc", "W_dec", "b_dec")
     if W_enc.ndim != 3 or W_dec.ndim != 3 or b_dec.ndim != 2:
         raise UserError(f"{name}: expected W_enc [L, d, F], W_dec [F, L, d] and b_dec [L, d]")

@@ -19,7 +19,7 @@ from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import hook_of, model_name, public, site_of
 from xlc_ray.export.plain import assemble, jumprelu, plain, refuse, shape_of, thresholds_of, topk, unit_rows
-from xlc_ray.export.weights import pick, read_mapping, read_tensors, write_tensors
+from xlc_ray.export.weights import pick, read_tensors, write_tensors
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
@@ -153,7 +153,7 @@ def _gate(path: str, parts: list[dict[str, Any]]) -> gates.Gate:
 
 def _read_one(folder: str) -> dict[str, Any]:
     where = files.join(folder, "cfg.json")
-    facts = read_mapping(where)
+    facts = files.read_mapping(where)
     metadata, architecture = facts.get("metadata"), str(facts.get("architecture"))
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: written by SAELens before 6.0; load it with a newer one and save it again")

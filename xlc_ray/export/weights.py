@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,16 +53,3 @@ def pick(tensors: Mapping[str, Tensor], path: str, *names: str) -> list[Tensor]:
             more = ", …" if len(there) > 8 else ""
             raise UserError(f"{path}: has no tensor {name}; it has: {', '.join(there[:8])}{more}")
     return [tensors[name] for name in names]
-
-
-def read_mapping(path: str) -> dict[str, Any]:
-    """The JSON object in a file that must be there. Raises UserError naming it."""
-    try:
-        value = files.read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
