@@ -29,9 +29,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: install
-	$(BIN)/python jobs/generate.py --config configs/quickstart.yaml
-	$(BIN)/python jobs/train.py --config configs/quickstart.yaml
-	$(BIN)/python jobs/evaluate.py --run runs/quickstart
+	$(BIN)/python jobs/run.py --config configs/quickstart.yaml
 
 test: install
 	$(PYTEST) -m "not slow"
