@@ -177,8 +177,15 @@ def refuse(form: str, what: str, instead: str) -> UserError:
 
 def kind_of(gate: gates.Gate) -> str:
     """relu, jumprelu, topk or gated: the gate of a plain dictionary."""
-    kinds = {gates.ReLU: "relu", gates.JumpReLU: "jumprelu", gates.TopK: "topk", Gated: "gated"}
-    return kinds[type(gate)]
+    match gate:
+        case gates.ReLU():
+            return "relu"
+        case gates.JumpReLU():
+            return "jumprelu"
+        case Gated():
+            return "gated"
+    assert isinstance(gate, gates.TopK)
+    return "topk"
 
 
 def way_out(kind: str) -> str:
