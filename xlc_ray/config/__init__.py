@@ -85,11 +85,8 @@ class Config(Settings):
         check_gate(gate, loss)
         if loss.auxk and loss.ghost:
             raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
-        if self.train.resample and getattr(self.dictionary.wiring, "tied", None) == "per_target":
-            raise ValueError(
-                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
-                "train.loss.auxk, train.loss.ghost or tied: per_source"
-            )
+        if self.train.resample:  # of a wiring of the user's own it is asked when that is built
+            self.train.resample.check_tying(getattr(self.dictionary.wiring, "tied", None))
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(
                 f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "
