@@ -46,7 +46,7 @@ def test_out_and_in_again_is_the_same_dictionary(tmp_path, form, wired, gate):
     assert all(torch.equal(value, before[name]) for name, value in dictionary.state_dict().items())
 
 
-@pytest.mark.parametrize("normalization", ["none", "rms", "mean_norm", "mean_std"])
+@pytest.mark.parametrize("normalization", ["none", "rms", "unit", "mean_norm", "mean_std"])
 def test_every_normalisation_is_folded(tmp_path, normalization):
     dictionary, batch = make.trained("clt", "batchtopk", normalization)
     formats.WRITERS["circuit_tracer"](dictionary, make.config("clt", "batchtopk"), str(tmp_path))

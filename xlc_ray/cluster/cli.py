@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from xlc_ray.config import Config, UserError, load_config, yaml_text
+from xlc_ray.config import Config, UserError, load_config, presets, yaml_text
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
@@ -161,6 +161,7 @@ def help_text(argv: list[str], about: str | None, option: str, own: Options) -> 
         lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
         lines += [f"  {name:<12}{f.description}" for name, f in Config.model_fields.items()]
+        lines += [f"  {'preset':<12}A paper's or program's settings, under the file's: {', '.join(presets.names())}."]
         lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]
