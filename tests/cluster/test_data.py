@@ -73,6 +73,14 @@ def test_start_in_the_middle_with_replicas_that_share_each_batch(cluster, activa
     assert_same(rejoined, whole)
 
 
+def test_a_run_without_an_end_begins(cluster, activations):
+    """What is read later is not listed before: it would take all memory."""
+    batches = data.replica_batches(activations, order_of(activations), SITES, BATCH, 0, 10**9)
+    first = next(iter(batches))
+    batches.close()
+    assert_same([first], source.batches(activations, order_of(activations), SITES, BATCH, 0, 1))
+
+
 def test_no_batches_asked_for_is_no_batches(cluster, activations):
     assert list(data.replica_batches(activations, order_of(activations), SITES, BATCH, 7, 7)) == []
 
