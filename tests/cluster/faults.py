@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
 from tests.activations.build import make
-from tests.cluster.nodes import ROOT, Job, Nodes, actors, lost, wait_for, workers
+from tests.cluster.nodes import ROOT, Job, Nodes, actors, wait_for, workers
 from tests.runs import SITES, settings_in
 from xlc_ray.activations import store
 from xlc_ray.config import Config, load_config
@@ -82,7 +82,8 @@ class Stage:
         """What became of a run that failed when `made` lines of metrics were there."""
         recovered = recovered or job.goes_on(made)
         ended = job.finish() == 0 and checkpoint.steps(job.config.out)[-1:] == [STEPS]
-        return Outcome(failure, ended, ended and self.equal(job), round(recovered - failed, 1), lost(job.steps()))
+        again = job.steps()[made - 1] + 1 - job.steps()[made]
+        return Outcome(failure, ended, ended and self.equal(job), round(recovered - failed, 1), again)
 
     def equal(self, job: Job) -> bool:
         """Whether the parameters are those of the undisturbed run."""
@@ -117,9 +118,10 @@ def node_killed_without_spare(stage: Stage) -> Outcome:
     failed = time.monotonic()
     stage.nodes.kill(workers()[0].node_id)
     wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
-    recovered = job.goes_on(len(job.steps()))
+    made = len(job.steps())
+    recovered = job.goes_on(made)
     stage.nodes.fill(NODES)
-    outcome = stage.outcome("node killed, none to spare: fewer replicas, then all", job, failed, 0, recovered)
+    outcome = stage.outcome("node killed, none to spare: fewer replicas, then all", job, failed, made, recovered)
     assert "room for 2 x 1 workers" in job.output(), job.output()
     assert "nodes are back" in job.output(), job.output()
     return outcome
@@ -139,21 +141,22 @@ def driver_killed(stage: Stage) -> Outcome:
 def checkpoint_cut(stage: Stage) -> Outcome:
     """SIGKILL to all ranks while a checkpoint's files are there and its marker is not."""
     job = stage.train("cut", tensor_parallel=2, placement="any", max_failures=9)
-    job.at_step(1)
-    ranks = [worker.pid for worker in workers()]
     folder = Path(job.config.out, "checkpoints")
 
     def torn() -> list[Path]:
         return [p for p in folder.glob("step_*") if any(p.iterdir()) and not (p / checkpoint.MARKER).exists()]
 
-    wait_for("a checkpoint being written", lambda: checkpoint.steps(job.config.out) and torn(), job, pause=0.0)
-    failed = time.monotonic()
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
-    time.sleep(0.5)
-    assert torn(), "the checkpoint was cut"
-    wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
-    return stage.outcome("checkpoint cut in the middle of writing", job, failed, len(job.steps()))
+    made = 0
+    while not torn():  # the marker may have come before the signal: then the next checkpoint
+        job.goes_on(made)
+        ranks = [worker.pid for worker in workers()]
+        wait_for("a checkpoint being written", lambda: checkpoint.steps(job.config.out) and torn(), job, pause=0.0)
+        failed = time.monotonic()
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        wait_for("the end of the ranks", lambda pids=ranks: not any(Path(f"/proc/{pid}/fd").exists() for pid in pids))
+        made = len(job.steps())
+    return stage.outcome("checkpoint cut in the middle of writing", job, failed, made)
 
 
 def store_away(stage: Stage) -> Outcome:

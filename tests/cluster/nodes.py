@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,13 +39,9 @@ class Nodes:
     """A head without CPUs, and nodes of one CPU each, which is room for one worker of 0.6."""
 
     def __init__(self, count: int) -> None:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-        head = {
-            "num_cpus": 0,
-            "include_dashboard": True,
-            "dashboard_port": 0,
-            "temp_dir": tempfile.mkdtemp(prefix="ray"),  # the paths of sockets must be short
-        }
+        os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+        self.folder = tempfile.mkdtemp(prefix="ray")  # the paths of sockets must be short
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": self.folder}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.others = [self.add() for _ in range(count)]
         ray.init(address=self.cluster.address, log_to_driver=False)
@@ -68,6 +65,7 @@ class Nodes:
         """The end of all nodes."""
         ray.shutdown()
         self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)  # Ray's last processes may still write there
 
 
 def actors(name: str) -> list:
@@ -86,10 +84,10 @@ class Job:
 
     def __init__(self, name: str, config: Config, nodes: Nodes) -> None:
         self.config, self.out = config, Path(config.out)
-        self.log = Path(tempfile.mkstemp(prefix="job")[1])
+        self.log = Path(tempfile.mkstemp(prefix=name, dir=nodes.folder)[1])
         settings = self.log.with_suffix(".yaml")
         settings.write_text(config.yaml())
-        environment = os.environ | {"RAY_ADDRESS": nodes.cluster.address, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"RAY_ADDRESS": nodes.cluster.address}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, f"jobs/{name}.py", "--config", str(settings)],
@@ -126,8 +124,3 @@ class Job:
         """Wait until a step follows on the first `made` lines of metrics. Returns the time."""
         wait_for("a step after the failure", lambda: len(self.steps()) > made, self)
         return time.monotonic()
-
-
-def lost(steps: list[int]) -> int:
-    """Steps that were made again."""
-    return len(steps) - len(set(steps))
