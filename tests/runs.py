@@ -11,6 +11,11 @@ SITES = {f"{kind}.{layer}": 6 for layer in (0, 1) for kind in ("mlp_in", "mlp_ou
 def small_run_in(tmp_path):
     """settings({dotted override: value}) → settings of a run of 12 steps over a store of 203 rows."""
     make(tmp_path / "store", [90, 90, 23], sites=SITES)
+    return settings_in(tmp_path)
+
+
+def settings_in(tmp_path):
+    """The same, where the store is there."""
 
     def settings(changes: dict | None = None) -> Config:
         tree = {

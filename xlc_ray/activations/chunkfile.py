@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from xlc_ray.config import UserError
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between reads that fail
 _CHECKED: dict[str, tuple[int, int, int]] = {}
 _OPEN_FILES = 64  # bounds descriptors and maps: a store may have thousands of chunks
 
@@ -127,11 +129,35 @@ def scatter(
     rows: np.ndarray,
     to: np.ndarray,
     out: Mapping[str, np.ndarray],
+    patience: float = 0.0,
 ) -> None:
     """Copy rows (ascending) of a local chunk file to rows `to` of each site's array in `out`.
 
-    Raises UserError naming the file, and the dataset, where it is missing, cut, or not as the manifest says.
+    A file system that fails is asked again, with growing pauses, for `patience` seconds. Raises UserError naming the
+    file, and the dataset, where it is then missing or unreadable, or is cut, or not as the manifest says.
     """
+    until, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            return _scatter(path, record, widths, dtype, rows, to, out)
+        except OSError as error:
+            if time.monotonic() + pause > until:
+                missing = isinstance(error, FileNotFoundError)
+                what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
+                raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _scatter(
+    path: str,
+    record: ChunkRecord,
+    widths: Mapping[str, int],
+    dtype: str,
+    rows: np.ndarray,
+    to: np.ndarray,
+    out: Mapping[str, np.ndarray],
+) -> None:
     identity = _identity(path, record.bytes)
     if _CHECKED.get(path) != identity:
         _check_file(path, record, widths, dtype)
@@ -160,10 +186,7 @@ def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype
 
 def _identity(path: str, expected: int) -> tuple[int, int, int]:
     # Part of the caches' keys: a file that was replaced is never served from an old map.
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the chunk is missing") from None
+    status = os.stat(path)
     if status.st_size != expected:
         raise UserError(f"{path}: cut or altered: {status.st_size} bytes where the manifest says {expected}")
     return status.st_ino, status.st_mtime_ns, status.st_size
@@ -180,10 +203,12 @@ def _hdf5(path: str, identity: tuple[int, int, int]) -> h5py.File:
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """A local HDF5 file, for reading. Raises UserError where it is none."""
+    """A local HDF5 file, for reading. Raises UserError where it is none, OSError where the file system fails."""
     try:
         return h5py.File(path, "r")
     except OSError as error:
+        if error.errno:
+            raise
         raise UserError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
 
 

@@ -90,6 +90,8 @@ class Store:
 
     path: str
     manifest: Manifest
+    patience: float = 0.0
+    """Seconds for which a local file system that fails is asked again."""
 
     @property
     def chunk_rows(self) -> list[int]:
@@ -121,7 +123,7 @@ class Store:
             if len(part):
                 record = self.manifest.chunks[chunk[part[0]]]
                 path = files.join(files.local(self.path), record.file)
-                chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out)
+                chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out, self.patience)
         return out
 
     def _fetch(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:

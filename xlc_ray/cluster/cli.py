@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
+from xlc_ray.cluster.session import log_directory
 from xlc_ray.config import Config, UserError, load_config, presets, yaml_text
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
@@ -111,7 +113,8 @@ def _run(
 def _exit_with(main: Callable[[], object]) -> NoReturn:
     """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
 
-    Anything else is a defect of ours and keeps its traceback."""
+    Anything else is a defect, or machines that failed too often: exit 1, with its traceback and where the logs are."""
+    sys.excepthook = _failed
     try:
         main()
     except KeyboardInterrupt:
@@ -124,6 +127,12 @@ def _exit_with(main: Callable[[], object]) -> NoReturn:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    if logs := log_directory():
+        print(f"failed; output of the workers: {logs}/worker-*, of Ray Train: {logs}/train", file=sys.stderr)
 
 
 def find_user_error(error: BaseException) -> UserError | None:

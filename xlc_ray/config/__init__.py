@@ -75,6 +75,7 @@ class Config(Settings):
                 f"cluster.tensor_parallel: {self.cluster.tensor_parallel} ranks cannot share "
                 f"dictionary.features = {self.dictionary.features}; use at most {self.dictionary.features}"
             )
+        self._layouts_are_possible()
         pooled = gate if isinstance(gate, TopKGate | BatchTopKGate) and gate.pool == "group" else None
         if pooled and pooled.k > self.dictionary.features:
             raise ValueError(f"dictionary.gate.k: {pooled.k} exceeds dictionary.features = {self.dictionary.features}")
@@ -94,6 +95,18 @@ class Config(Settings):
                 "allowed dictionary.wiring.kind: sae, transcoder"
             )
         return self
+
+    def _layouts_are_possible(self) -> None:
+        cluster = self.cluster
+        if cluster.min_replicas and cluster.min_replicas > cluster.replicas:
+            raise ValueError(
+                f"cluster.min_replicas: {cluster.min_replicas} exceeds cluster.replicas = {cluster.replicas}"
+            )
+        if (most := max(cluster.fallback_tensor_parallel, default=1)) > self.dictionary.features:
+            raise ValueError(
+                f"cluster.fallback_tensor_parallel: {most} ranks cannot share dictionary.features = "
+                f"{self.dictionary.features}"
+            )
 
     def override(self, changes: dict[str, Any]) -> Config:
         """A new Config with each dotted path replaced by its value. Raises UserError on a bad path or value."""

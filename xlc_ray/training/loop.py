@@ -140,11 +140,12 @@ def train_rank(
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
     saved: Callable[[int, dict[str, Any]], None],
+    stepped: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one. Returns the last metrics.
 
-    Every rank calls `announce` with each line of metrics, and `saved` with the step and the newest metrics when a
-    checkpoint is complete.
+    Every rank calls `announce` with each line of metrics, `saved` with the step and the newest metrics when a
+    checkpoint is complete, and `stepped` with the number of each step made.
     """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
@@ -160,14 +161,22 @@ def train_rank(
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:
-        return _steps(config, learner, data, reader, device, log, announce, saved)
+        return _steps(config, learner, data, reader, device, log, announce, saved, stepped)
     finally:
         if log:
             log.close()
 
 
 def _steps(
-    config: Config, learner: Learner, data: store.Store, reader: Reader, device, log: Log | None, announce, saved
+    config: Config,
+    learner: Learner,
+    data: store.Store,
+    reader: Reader,
+    device,
+    log: Log | None,
+    announce,
+    saved,
+    stepped,
 ) -> dict[str, Any]:
     train, first = config.train, learner.step
     steps = _each_step(config, learner, data, reader, device)
@@ -180,6 +189,7 @@ def _steps(
         due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
         measure = last or due or learner.step == first or (learner.step + 1) % train.log_every == 0
         found = train_step(measure)
+        stepped(learner.step)
         if due and found is not None:
             found["resampled"] = resample(learner, lambda: _sample(config, learner, data))
         clock.tokens += train.batch_tokens
