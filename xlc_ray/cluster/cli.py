@@ -17,6 +17,8 @@ from xlc_ray.config import Config, UserError, load_config, yaml_text
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
+RESUME = "--resume"
+"""A job with this option takes the settings from the directory that it names, and needs no --config."""
 
 
 def parse(argv: list[str]) -> Config:
