@@ -14,11 +14,10 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from xlc_ray.config import Config, UserError, load_config, yaml_text
+from xlc_ray.config.sweep import SweepConfig
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
-RESUME = "--resume"
-"""A job with this option takes the settings from the directory that it names, and needs no --config."""
 
 
 def parse(argv: list[str]) -> Config:
@@ -48,6 +47,11 @@ def words_of(argv: list[str], option: str) -> tuple[str, dict[str, Any]]:
     if not needed:
         raise UserError(f"{option}: missing; give {option} {NEEDED[option]}")
     return needed, overrides
+
+
+def overrides_of(argv: list[str]) -> dict[str, Any]:
+    """Nothing but overrides. Raises UserError on anything else."""
+    return words_of([*argv, "--config", "-"], "--config")[1]
 
 
 class Options(argparse.ArgumentParser):
@@ -86,6 +90,11 @@ def run_on(main: Callable[..., object], about: str | None, own: Options | None =
     _run(main, lambda words: words_of(words, "--run"), about, "--run", own or Options())
 
 
+def run_sweep(main: Callable[..., object], about: str | None, own: Options) -> NoReturn:
+    """Likewise for a job on the settings of a sweep, whose file is one of its own options: `main(overrides)`."""
+    _run(main, lambda words: (overrides_of(words),), about, "--config", own, SweepConfig)
+
+
 def run_options(main: Callable[..., object], options: Options) -> NoReturn:
     """Likewise for a job that has options of its own and no settings: all go to `main` by their names."""
     _exit_with(lambda: main(**vars(options.parse_args())))
@@ -97,10 +106,11 @@ def _run(
     about: str | None,
     option: str,
     own: Options,
+    model: type[BaseModel] = Config,
 ) -> NoReturn:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
-        print(help_text(argv, about, option, own))
+        print(help_text(argv, about, option, own, model))
         sys.exit(0)
 
     def parsed() -> None:
@@ -147,7 +157,7 @@ def find_user_error(error: BaseException) -> UserError | None:
     return UserError(said.group(1)) if said else None
 
 
-def help_text(argv: list[str], about: str | None, option: str, own: Options) -> str:
+def help_text(argv: list[str], about: str | None, option: str, own: Options, model: type[BaseModel] = Config) -> str:
     """What the job does, its own options and which sections there are; after `--help SECTION` (or --help=SECTION) the
     settings of that."""
     words = [word.removeprefix("--help=") for word in argv if word not in ("--help", "-h")]
@@ -158,11 +168,11 @@ def help_text(argv: list[str], about: str | None, option: str, own: Options) -> 
         USAGE.format(job=sys.argv[0], option=f"{option} {NEEDED[option].split(',')[0]}"),
         "",
     ]
-    field = Config.model_fields.get(section or "")
+    field = model.model_fields.get(section or "")
     if field is None:
         lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
-        lines += [f"  {name:<12}{f.description}" for name, f in Config.model_fields.items()]
+        lines += [f"  {name:<12}{f.description}" for name, f in model.model_fields.items()]
         lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]

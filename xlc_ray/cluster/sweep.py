@@ -1,4 +1,4 @@
-"""Sweeps as a job: trials under Ray Tune, each a worker group of its own, judged at rungs by one board in the driver."""
+"""Sweeps as a job: trials under Ray Tune, each a worker group of its own, judged at rungs by a board in the driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -20,6 +19,7 @@ from xlc_ray.cluster.train import open_or_make
 from xlc_ray.cluster.trial import TrialGroup, bundles
 from xlc_ray.config import Config, UserError, yaml_text
 from xlc_ray.config.sweep import SweepConfig, read_tree, sweep_of
+from xlc_ray.sweeps import grids
 from xlc_ray.sweeps.board import Board, read_rows
 from xlc_ray.sweeps.local import run_trial
 from xlc_ray.sweeps.result import Sweep
@@ -79,13 +79,28 @@ def plan(
         raise UserError("--config: give either --config FILE or --resume DIR")
     file = files.join(run_path(resume), SETTINGS) if resume else str(path)
     tree = yaml_text.parse_mapping(files.read_bytes(file), file) if resume else read_tree(file)
-    given = dict(overrides or {}) | ({} if limit is None else {"search.max_trials": limit})
+    given = dict(overrides or {})
+    if grids.is_grid(tree):
+        tree = _from_grid(tree, file, given)
+    if limit is not None:
+        given["search.max_trials"] = limit
     settings = sweep_of(tree, file, given)
     out = settings.out if files.is_url(settings.out) else str(output_root() / Path(settings.out).expanduser())
     settings = settings.model_copy(update={"out": out, "base": resolve(settings.base.override({"out": out}))})
     if settings.search.kind != "grid":
         corners(settings)
     return settings, trials(settings)
+
+
+def _from_grid(tree: dict[str, Any], file: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A sweep of ours from a grid file, whose base and directory are given as overrides."""
+    if missing := [name for name in ("base", "out") if name not in given]:
+        raise UserError(
+            f"{missing[0]}: missing; a grid file needs --base=FILE.yaml, the settings it varies, and --out=DIR"
+        )
+    plain = {path: value for path, value in given.items() if path.startswith(("base", "override."))}
+    any_axis = {"space": {"seed": {"choice": [0]}}, "out": given["out"]}
+    return grids.sections(tree, sweep_of(any_axis, file, plain).base, file)
 
 
 def dry_run(

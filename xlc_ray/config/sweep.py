@@ -94,12 +94,12 @@ class Search(Settings):
 
 
 class Asha(Settings):
-    """Asynchronous successive halving: at each rung only the best share of the trials so far goes on (Li et al. 2018)."""
+    """Asynchronous successive halving: at each rung the best share of the trials so far goes on (Li et al. 2018)."""
 
     grace: Annotated[int, Field(ge=1)]
     """Steps before the first rung."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """At a rung the best 1/reduction goes on; without `rungs`, each rung is so many times the steps of the one before."""
+    """At a rung the best 1/reduction goes on; without `rungs`, each is so many times the steps of the one before."""
     rungs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     """Steps of the rungs; null = grace, grace x reduction, … below train.steps."""
 

@@ -32,10 +32,9 @@ def evaluate_reconstruction(
     """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too, and
     `diff` what is normalised.
 
-    The dictionary is measured in its inference form and left as it was found. Of one that is split over ranks, all ranks
-    of a replica call this with the same batches, and get the metrics of the whole; `watches` and `diff` need one rank.
-    Raises UserError where there is no row,
-    or where a site or its reconstruction is not finite.
+    The dictionary is measured in its inference form and left as it was found. Of one that is split over ranks, all
+    ranks of a replica call this with the same batches and get the metrics of the whole; `watches` and `diff` need one
+    rank. Raises UserError where there is no row, or where a site or its reconstruction is not finite.
     """
     wiring, device, was_training = dictionary.wiring, dictionary.b_dec.device, dictionary.training
     widths = {site: wiring.widths[site] for site in wiring.written_sites}

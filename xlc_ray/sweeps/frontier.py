@@ -9,8 +9,8 @@ which is about how fvu falls with l0 in the dictionaries we trained. A trial's *
 
     excess = log fvu - log (the fvu of the others' frontier at the trial's l0)
 
-below 0 where the trial extends the frontier, log 1.1 where it needs 10 % more fvu than the others at its l0. It compares
-sparse trials with sparse ones and dense with dense ones, so that cutting by it thins out the whole frontier evenly.
+below 0 where the trial extends the frontier, log 1.1 where its fvu is 10 % more than that of the others at its l0. It
+compares sparse trials with sparse ones and dense with dense ones, so that cutting by it leaves none of either out.
 """
 
 from __future__ import annotations

@@ -200,7 +200,8 @@ def name_of(sweep: SweepConfig, changes: Changes) -> str:
     for path, value in changes.items():
         last = path.rsplit(".", 1)[-1]
         label = last if lasts.count(last) == 1 else path
-        if path in sweep.space or len({repr(v) for v in options[path]}) > 1 or len(sweep.cases) > len(options[path]):
+        told = len({repr(v) for v in options[path]}) > 1 or len(sweep.cases) > len(options[path])
+        if path in sweep.space or (told and not path.startswith("cluster.")):
             parts += _section(value, options[path]) if isinstance(value, dict) else [f"{label}={_plain(value)}"]
     name = re.sub(r"[^\w.,=+-]", "_", ",".join(parts)) or "base"
     if len(name) > LONGEST_NAME:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from xlc_ray.sweeps.board import DONE, Row
+from xlc_ray import files
+from xlc_ray.sweeps.board import DONE, FILE, Row
+from xlc_ray.sweeps.result import Sweep
 
 
 class Table:
@@ -41,3 +43,17 @@ class Table:
         if row.error:
             parts.append(row.error[:120])
         return "   ".join(parts)
+
+
+def summary(sweep: Sweep) -> str:
+    """What a sweep found, for the end of a job: the frontier, and the counts of sweep.json."""
+    counts, best = files.read_mapping(files.join(sweep.out, FILE)), sweep.pareto()
+    width = max(map(len, best["trial"]), default=0)
+    lines = [f"{'frontier':<{width}}{'l0':>9}{'fvu':>9}"]
+    lines += [f"{row.trial:<{width}}{row.l0:>9.1f}{row.fvu:>9.4f}" for row in best.itertuples()]
+    lines += [
+        f"{counts['trials']} trials: {counts['finished']} finished, {counts['stopped']} stopped early, "
+        f"{counts['failed']} failed; {counts['share_of_full_steps']:.0%} of the steps of all to the end",
+        f"sweep directory: {sweep.out}",
+    ]
+    return "\n".join(lines)
