@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlc_ray.sweeps.asha import Halving
 from xlc_ray.sweeps.frontier import excess, pareto, scores
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -58,30 +57,3 @@ def test_other_metrics_count_as_they_are_with_their_direction():
     found = {"a": {"fvu": 0.1, "explained_variance": 0.9}, "b": {"fvu": 0.2, "explained_variance": None}}
     assert scores("fvu", found) == {"a": 0.1, "b": 0.2}
     assert scores("explained_variance", found) == {"a": -0.9, "b": math.inf}
-
-
-def test_halving_keeps_the_best_share_of_those_that_came():
-    halving = Halving((10,), 3, "fvu")
-    came = [5, 1, 4, 3, 2, 9, 8, 7, 0]
-    on = [halving.goes_on(f"t{v}", 10, {"fvu": v}) for v in came]
-    # The n-th goes on with fewer than n / 3 better ones: none of 1 to 3, at most one of 4 to 6, at most two of 7 to 9.
-    assert on == [True, True, False, True, True, False, False, False, True]
-
-
-def test_halving_decides_at_rungs_and_only_once():
-    halving = Halving((10,), 2, "fvu")
-    assert halving.goes_on("a", 7, {"fvu": 1.0})
-    assert halving.goes_on("a", 10, {"fvu": 1.0})
-    assert not halving.goes_on("b", 10, {"fvu": 2.0})
-    assert halving.goes_on("c", 10, {"fvu": 0.5})
-    assert halving.goes_on("a", 10, {"fvu": 1.0}), "a restarted trial is told the same"
-    assert not halving.goes_on("d", 10, {"fvu": math.nan})
-
-
-def test_halving_by_the_frontier_keeps_each_sparsity():
-    halving = Halving((10,), 2, "frontier")
-    curve = {8: 0.4, 32: 0.2, 128: 0.1}
-    for l0, fvu in curve.items():
-        halving.goes_on(f"good{l0}", 10, metrics(l0, fvu))
-    assert [halving.goes_on(f"bad{l0}", 10, metrics(l0, 1.3 * fvu)) for l0, fvu in curve.items()] == [False] * 3
-    assert [halving.goes_on(f"new{l0}", 10, metrics(l0, 0.97 * fvu)) for l0, fvu in curve.items()] == [True] * 3

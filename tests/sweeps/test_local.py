@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import wandb
 
 import xlc_ray as xlc
 from tests.runs import small_run_in
@@ -145,3 +148,16 @@ def test_a_store_without_held_out_rows_is_refused(written, tmp_path):
     files.remove(str(tmp_path / "store/held_out"))
     with pytest.raises(UserError, match="has no held-out part"):
         sweep(path, local=True)
+
+
+def test_wandb_gets_a_group_a_sweep_and_a_run_a_trial(written, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(given) or MagicMock())
+    path = written(changes={"train.wandb": {"project": "tests"}})
+    for out in ("one", "two"):
+        sweep(path, {"out": str(tmp_path / out)}, local=True)
+    assert [(run["group"], run["name"]) for run in runs] == [
+        (group, name) for group in ("one", "two") for name in ("lr=0.01", "lr=0.003")
+    ]
+    assert len({run["id"] for run in runs}) == 4
+    assert all(re.fullmatch(r"\w{1,64}", run["id"]) for run in runs)

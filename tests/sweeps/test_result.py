@@ -82,12 +82,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_table_redraws_on_a_terminal_and_adds_lines_elsewhere():
-    rows = [row("a", 16, 0.4), row("longer", state="waiting", step=0)]
-    for stream, lines in ((Terminal(), 4), (io.StringIO(), 1)):
+def test_the_table_redraws_what_runs_on_a_terminal_and_adds_lines_elsewhere():
+    done, one, two = row("a", 16, 0.4), row("longer", state="running", step=0), row("b", 8, 0.6, state="running")
+    screen, log = Terminal(), io.StringIO()
+    for stream in (screen, log):
         table = Table(stream)
-        table(rows[0], rows)
-        table(rows[1], rows)
-        assert stream.getvalue().count("\n") == lines
-        assert stream.getvalue().count("\x1b[2A") == lines // 4
-    assert "a             9/9   fvu 0.4000   l0   16.0   finished" in stream.getvalue()
+        for changed in (one, two, done):
+            table(changed, [done, one, two] if changed is done else [one, two])
+    lines = screen.getvalue().splitlines()
+    assert [line.count("\x1b[2A\x1b[J") for line in lines] == [0, 0, 1, 0, 1, 0, 0]
+    assert "a             9/9   fvu 0.4000   l0   16.0   finished" in lines[4]
+    assert [line.split()[0] for line in lines[5:]] == ["longer", "b"]
+    assert log.getvalue().splitlines() == [table.line(two), table.line(done)]

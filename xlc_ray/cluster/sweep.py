@@ -20,6 +20,7 @@ from xlc_ray.cluster.trial import TrialGroup, bundles
 from xlc_ray.config import Config, UserError, yaml_text
 from xlc_ray.config.sweep import SweepConfig, read_tree, sweep_of
 from xlc_ray.sweeps import grids
+from xlc_ray.sweeps.asha import rungs
 from xlc_ray.sweeps.board import Board, read_rows
 from xlc_ray.sweeps.local import run_trial
 from xlc_ray.sweeps.result import Sweep
@@ -115,8 +116,8 @@ def dry_run(
         values = ", ".join(f"{path}={value}" for path, value in flatten_changes(trial).items())
         yield f"{trial.name}   {taken}   {values}"
     steps = sum(trial.config.train.steps for trial in known)
-    rungs = settings.asha.steps(settings.base.train.steps) if settings.asha else ()
-    cut = f", cut at {', '.join(f'{rung:,}' for rung in rungs)}" if rungs else ""
+    stops = rungs(settings.asha, settings.base.train.steps)
+    cut = f", cut at {', '.join(f'{rung:,}' for rung in stops)}" if stops else ""
     if listed:
         yield f"{len(listed)} trials, {steps:,} steps if none is cut short{cut}; nothing was started"
     else:

@@ -109,16 +109,6 @@ class Asha(Settings):
             raise ValueError(f"rungs = {list(self.rungs)} must rise, and begin with grace = {self.grace}")
         return self
 
-    def steps(self, last: int) -> tuple[int, ...]:
-        """The rungs of a run of `last` steps."""
-        if self.rungs:
-            return tuple(rung for rung in self.rungs if rung < last)
-        found, rung = [], float(self.grace)
-        while round(rung) < last:
-            found.append(round(rung))
-            rung *= self.reduction
-        return tuple(dict.fromkeys(found))
-
 
 class Resources(Settings):
     """What all trials together may take of the cluster; a trial takes what its `cluster` settings say."""

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xlc_ray.config.sweep import Asha
 from xlc_ray.sweeps.frontier import Metrics, scores
+
+
+def rungs(settings: Asha | None, last: int) -> tuple[int, ...]:
+    """The rungs of a run of `last` steps, all below that."""
+    if settings is None or settings.rungs:
+        return tuple(rung for rung in (settings.rungs or () if settings else ()) if rung < last)
+    found, rung = [], float(settings.grace)
+    while round(rung) < last:
+        found.append(round(rung))
+        rung *= settings.reduction
+    return tuple(dict.fromkeys(found))
 
 
 class Halving:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from xlc_ray import files
 from xlc_ray.config.sweep import SweepConfig
-from xlc_ray.sweeps.asha import Halving
+from xlc_ray.sweeps.asha import Halving, rungs
 from xlc_ray.sweeps.frontier import cost, pareto
 from xlc_ray.sweeps.rank import measured
 from xlc_ray.sweeps.space import Changes, Trial, settings_of
@@ -52,8 +52,9 @@ class Board:
         """`changed(row, rows)` is told of each change."""
         self.sweep, self.changed = sweep, changed
         self.rows: dict[str, Row] = {}
-        rungs = sweep.asha.steps(sweep.base.train.steps) if sweep.asha else ()
-        self.halving = Halving(rungs, sweep.asha.reduction if sweep.asha else 2.0, sweep.search.metric)
+        self.halving = Halving(
+            rungs(sweep.asha, sweep.base.train.steps), sweep.asha.reduction if sweep.asha else 2.0, sweep.search.metric
+        )
 
     def stops(self, trial: Trial) -> tuple[int, ...]:
         """The steps at which a trial is measured."""
@@ -111,8 +112,7 @@ class Board:
 
     def write(self) -> None:
         """sweep.json, whole."""
-        rungs = list(self.halving.rungs)
-        content = self.summary() | {"rungs": rungs, "written": time.time()}
+        content = self.summary() | {"rungs": list(self.halving.rungs), "written": time.time()}
         content["rows"] = [asdict(row) for row in self.rows.values()]
         files.write_json(files.join(self.sweep.out, FILE), content)
 

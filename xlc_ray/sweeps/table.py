@@ -1,4 +1,4 @@
-"""Trials in the terminal: redrawn in place on one, a line at each change elsewhere.
+"""Trials as they come on: on a terminal those that run are redrawn below those that are done, else a line a stop.
 
 batchtopk,k=32,lr=0.002    300/300   fvu 0.1787   l0 25.9   finished
 """
@@ -24,9 +24,11 @@ class Table:
     def __call__(self, row: Row, rows: Sequence[Row]) -> None:
         self.width = max(len(one.trial) for one in rows)
         if self.terminal:
-            back = f"\x1b[{self.drawn}A" if self.drawn else ""
-            self.stream.write(back + "".join(f"{self.line(one)}\x1b[K\n" for one in rows))
-            self.drawn = len(rows)
+            running = [one for one in rows if one.state == "running"]
+            shown = [row, *running] if row.state in DONE else running
+            back = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
+            self.stream.write(back + "".join(f"{self.line(one)}\n" for one in shown))
+            self.drawn = len(running)
         elif row.state in DONE or row.metrics:
             self.stream.write(self.line(row) + "\n")
         self.stream.flush()
