@@ -16,13 +16,14 @@ from ray.tune.search import Searcher
 from xlc_ray import files
 from xlc_ray.cluster.session import connect, output_root, require, resolve, run_path
 from xlc_ray.cluster.train import open_or_make
-from xlc_ray.cluster.trial import TrialGroup, bundles
+from xlc_ray.cluster.trial import Task, TrialGroup, bundles
 from xlc_ray.config import Config, UserError, yaml_text
 from xlc_ray.config.sweep import SweepConfig, read_tree, sweep_of
 from xlc_ray.sweeps import grids
 from xlc_ray.sweeps.asha import rungs
 from xlc_ray.sweeps.board import Board, read_rows
 from xlc_ray.sweeps.local import run_trial
+from xlc_ray.sweeps.rank import PREDICTED
 from xlc_ray.sweeps.result import Sweep
 from xlc_ray.sweeps.search import Search, make_search
 from xlc_ray.sweeps.space import Trial, corners, flatten, trials
@@ -58,7 +59,7 @@ def sweep(
         largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
         for trial in largest:
             require(trial.cpus, trial.gpus, f"trial {trial.name}")
-    _check_stores([trial.config for trial in known])
+    _check(settings, [trial.config for trial in known])
     _keep(settings)
     board.write()
     if local:
@@ -129,10 +130,15 @@ def flatten_changes(trial: Trial) -> dict[str, Any]:
     return {k: v for path, value in trial.changes.items() for k, v in flatten(value, path).items()}
 
 
-def _check_stores(configs: list[Config]) -> None:
-    """Open, make or verify each store once, and see that all trials find their sites in it."""
+def _check(settings: SweepConfig, configs: list[Config]) -> None:
+    """Open, make or verify each store once, and see that all trials find in it what they are measured on."""
     stores: dict[str, Any] = {}
     for config in configs:
+        if settings.search.metric in PREDICTED and config.cluster.tensor_parallel > 1:
+            raise UserError(
+                f"search.metric: {settings.search.metric} needs each dictionary whole in one process; set "
+                "cluster.tensor_parallel: 1, or choose frontier"
+            )
         path = config.source.path
         if path not in stores:
             stores[path] = open_or_make(config)
@@ -182,7 +188,7 @@ def _run(settings: SweepConfig, board: Board, search: Search, at_once: int | Non
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner no verbosity silences
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
-        tune.with_resources(TrialGroup, lambda config: bundles(config["trial"])),
+        tune.with_resources(TrialGroup, lambda config: bundles(config["task"].config)),
         tune_config=tune.TuneConfig(
             search_alg=_Next(search, board),
             scheduler=_Rungs(board),
@@ -215,7 +221,8 @@ class _Next(Searcher):
         if (trial := self.search.next()) is None:
             return Searcher.FINISHED
         self.names[trial_id] = trial.name
-        return {"name": trial.name, "trial": trial.config, "stops": self.board.stops(trial)}
+        task = Task(trial.config, self.board.stops(trial), self.board.predictions)
+        return {"name": trial.name, "task": task}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self.search.tell(self.board.rows[self.names[trial_id]])

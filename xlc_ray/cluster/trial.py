@@ -8,6 +8,7 @@ trial waits for workers that another half-started trial holds. A trial that is s
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -34,14 +35,26 @@ def bundles(config: Config) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([one] * (cluster.tensor_parallel * cluster.replicas))
 
 
+@dataclass(frozen=True)
+class Task:
+    """A trial, as its ranks are told."""
+
+    config: Config
+    stops: tuple[int, ...]
+    """Steps at which it is measured, the last one included."""
+    predictions: bool
+    """Whether the language model's predictions are measured too."""
+
+
 class Member:
     """One rank of the trial that its process works on."""
 
     def __init__(self) -> None:
         self.rank: TrialRank | None = None
 
-    def begin(self, config: Config, stops: tuple[int, ...], number: int, world: int, meeting: str | None) -> None:
+    def begin(self, task: Task, number: int, world: int, meeting: str | None) -> None:
         """Join the ranks of a trial at the address `meeting` (None: there is just one) and build what is trained."""
+        config = task.config
         cluster = config.cluster
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
         torch.manual_seed(config.seed)
@@ -53,7 +66,7 @@ class Member:
             shards = Shards.of_world(cluster.tensor_parallel, device.type)
         sweep, _, name = config.out.rpartition("/trials/")
         announce = Gauges(f"{files.name(sweep)}/{name}").set if number == 0 else lambda metrics: None
-        self.rank = TrialRank(config, stops, shards, device, announce)
+        self.rank = TrialRank(config, task.stops, shards, device, announce, task.predictions)
 
     def advance(self) -> dict[str, Any]:
         """Train to the next stop. A rank that fails leaves the group, so that the others do not wait for it."""
@@ -81,7 +94,7 @@ class Member:
 
 
 class TrialGroup(tune.Trainable):
-    """A step trains to the trial's next stop. `config`: {"trial": Config, "stops": its stops}."""
+    """A step trains to the trial's next stop. `config`: {"name": its name, "task": a Task}."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.member, self.others = Member(), []
@@ -90,8 +103,7 @@ class TrialGroup(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take up another trial, of the same shape."""
         self._leave()
-        self.trial: Config = new_config["trial"]
-        self.stops: tuple[int, ...] = new_config["stops"]
+        self.task: Task = new_config["task"]
         self.begun, self.known = False, []
         return True
 
@@ -106,24 +118,24 @@ class TrialGroup(tune.Trainable):
         return {"at": at, "found": found}
 
     def _begin(self) -> None:
-        step = loop.prepare(self.trial) or 0
-        self.known = [(at, found) for at, found in measured(self.trial.out).items() if at <= step and at in self.stops]
+        config, stops = self.task.config, self.task.stops
+        step = loop.prepare(config) or 0
+        self.known = [(at, found) for at, found in measured(config.out).items() if at <= step and at in stops]
         self.begun = True
-        if step == self.stops[-1]:
+        if step == stops[-1]:
             return
-        world = self.trial.cluster.tensor_parallel * self.trial.cluster.replicas
+        world = config.cluster.tensor_parallel * config.cluster.replicas
         if len(self.others) != world - 1:
             self.others = [self._worker(number) for number in range(1, world)]
         meeting = self.member.address() if world > 1 else None
         joining = [
-            other.begin.remote(self.trial, self.stops, number, world, meeting)
-            for number, other in enumerate(self.others, start=1)
+            other.begin.remote(self.task, number, world, meeting) for number, other in enumerate(self.others, start=1)
         ]
-        self.member.begin(self.trial, self.stops, 0, world, meeting)
+        self.member.begin(self.task, 0, world, meeting)
         ray.get(joining)
 
     def _worker(self, number: int) -> Any:
-        cluster, reserved = self.trial.cluster, get_current_placement_group()
+        cluster, reserved = self.task.config.cluster, get_current_placement_group()
         assert reserved is not None, "Tune reserves the bundles of a trial"
         place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=number)
         actor = ray.remote(Member).options(

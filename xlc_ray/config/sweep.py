@@ -80,9 +80,19 @@ class Search(Settings):
     """Trials at once, at most; null = as many as the cluster holds."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the draws; the trials' own seed is the setting `seed` of the base."""
-    metric: Literal["frontier", "fvu", "explained_variance", "dead_features", "cosine_similarity"] = "frontier"
+    metric: Literal[
+        "frontier",
+        "fvu",
+        "explained_variance",
+        "dead_features",
+        "cosine_similarity",
+        "ce_recovered",
+        "kl",
+        "top1_agreement",
+    ] = "frontier"
     """Measured on held-out tokens, what cuts trials short and what optuna improves: frontier (how far fvu lies above
-    what the other trials reach at the same l0; optuna takes fvu and l0 as two goals) or one number by itself."""
+    what the other trials reach at the same l0; optuna takes fvu and l0 as two goals) or one number by itself. The last
+    three run the language model at each stop."""
 
     @model_validator(mode="after")
     def _draws_are_counted(self) -> Search:

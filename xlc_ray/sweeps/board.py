@@ -18,7 +18,7 @@ from xlc_ray import files
 from xlc_ray.config.sweep import SweepConfig
 from xlc_ray.sweeps.asha import Halving, rungs
 from xlc_ray.sweeps.frontier import cost, pareto
-from xlc_ray.sweeps.rank import measured
+from xlc_ray.sweeps.rank import PREDICTED, measured
 from xlc_ray.sweeps.space import Changes, Trial, settings_of
 from xlc_ray.training import logs
 
@@ -55,6 +55,11 @@ class Board:
         self.halving = Halving(
             rungs(sweep.asha, sweep.base.train.steps), sweep.asha.reduction if sweep.asha else 2.0, sweep.search.metric
         )
+
+    @property
+    def predictions(self) -> bool:
+        """Whether trials are measured by what the language model predicts, too."""
+        return self.sweep.search.metric in PREDICTED
 
     def stops(self, trial: Trial) -> tuple[int, ...]:
         """The steps at which a trial is measured."""

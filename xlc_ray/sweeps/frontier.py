@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 Metrics = Mapping[str, float | None]
 Point = tuple[float, float]
 SLOPE = 0.5
-HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio")
+HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio", "ce_recovered", "top1_agreement")
 SMALL = 1e-9
 
 

@@ -25,7 +25,7 @@ def run_trial(board: Board, trial: Trial) -> None:
             if stop <= step and not board.reached(trial.name, stop, metrics):
                 return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rank = TrialRank(trial.config, board.stops(trial), Shards(), device)
+        rank = TrialRank(trial.config, board.stops(trial), Shards(), device, predictions=board.predictions)
         try:
             while _reached(board, trial, rank.advance()):
                 pass

@@ -12,7 +12,7 @@ from xlc_ray.config import UserError
 from xlc_ray.sweeps import page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
 from xlc_ray.sweeps.frontier import SMALL, cost, interpolate, pareto
-from xlc_ray.sweeps.rank import MEASURED
+from xlc_ray.sweeps.rank import MEASURED, PREDICTED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,15 +55,17 @@ class Sweep:
         stop, out, error. A setting that a trial does not have is missing there."""
         import pandas as pd
 
+        rows = self.rows()
+        names = [*MEASURED, *(name for name in PREDICTED if any(name in row.metrics for row in rows))]
         found = [
             {"trial": row.trial, "state": row.state, "step": row.step}
             | {path: _cell(value) for path, value in row.settings.items()}
-            | {name: row.metrics.get(name, math.nan) for name in MEASURED}
+            | {name: row.metrics.get(name, math.nan) for name in names}
             | {"out": files.join(self.out, row.out), "error": row.error}
-            for row in self.rows()
+            for row in rows
         ]
-        settings = dict.fromkeys(path for row in self.rows() for path in row.settings)
-        columns = ["trial", "state", "step", *settings, *MEASURED, "out", "error"]
+        settings = dict.fromkeys(path for row in rows for path in row.settings)
+        columns = ["trial", "state", "step", *settings, *names, "out", "error"]
         return pd.DataFrame(found, columns=columns)
 
     def pareto(self, x: str = "l0", y: str = "fvu") -> pd.DataFrame:
@@ -120,8 +122,8 @@ class Sweep:
 
 def _check(*names: str) -> None:
     for name in names:
-        if name not in MEASURED:
-            raise UserError(f"{name!r} is not measured by sweeps; allowed: {', '.join(MEASURED)}")
+        if name not in (*MEASURED, *PREDICTED):
+            raise UserError(f"{name!r} is not measured by sweeps; allowed: {', '.join((*MEASURED, *PREDICTED))}")
 
 
 def _cell(value: Any) -> Any:
