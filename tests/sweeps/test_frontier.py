@@ -31,9 +31,9 @@ def test_excess_is_fvu_at_matched_l0():
     assert excess(metrics(16, 0.44), others) == pytest.approx(math.log(1.1))
     # Between two points: the straight line in logarithms, 0.4 / sqrt 2 at l0 = 32.
     assert excess(metrics(32, 0.2), others) == pytest.approx(math.log(0.2 / (0.4 / math.sqrt(2))))
-    # Beyond the ends: a square root, which never predicts more than nothing explained.
-    assert excess(metrics(256, 0.2), others) == pytest.approx(math.log(2))
-    assert excess(metrics(4, 0.4), others) == pytest.approx(math.log(0.5))
+    # Beyond the ends: a cube root, which never predicts more than nothing explained.
+    assert excess(metrics(512, 0.2), others) == pytest.approx(math.log(2))
+    assert excess(metrics(2, 0.4), others) == pytest.approx(math.log(0.5))
     assert excess(metrics(0.001, 0.9), others) == pytest.approx(math.log(0.9))
 
 
