@@ -114,6 +114,10 @@ def test_a_directory_holds_one_sweep(written, tmp_path):
     assert len(sweep(path, {"search.max_concurrent": 1}, local=True).frame()) == 2
     with pytest.raises(UserError, match=r"holds a sweep with other settings \(base\.seed: 0, now 1\)"):
         sweep(path, {"base.seed": 1}, local=True)
+    with pytest.raises(UserError, match=r"nowhere: no sweep\.yaml here"):
+        sweep(resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="give either --config FILE or --resume DIR"):
+        sweep()
 
 
 def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):

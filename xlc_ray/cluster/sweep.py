@@ -26,7 +26,7 @@ from xlc_ray.sweeps.local import run_trial
 from xlc_ray.sweeps.rank import PREDICTED
 from xlc_ray.sweeps.result import Sweep
 from xlc_ray.sweeps.search import Search, make_search
-from xlc_ray.sweeps.space import Trial, corners, flatten, trials
+from xlc_ray.sweeps.space import Trial, corners, flatten, settings_of, trials
 from xlc_ray.sweeps.table import Table
 from xlc_ray.training import loop
 
@@ -80,6 +80,8 @@ def plan(
     if (path is None) == (resume is None):
         raise UserError("--config: give either --config FILE or --resume DIR")
     file = files.join(run_path(resume), SETTINGS) if resume else str(path)
+    if resume and not files.exists(file):
+        raise UserError(f"{resume}: no {SETTINGS} here; expected the directory of a sweep")
     tree = yaml_text.parse_mapping(files.read_bytes(file), file) if resume else read_tree(file)
     given = dict(overrides or {})
     if grids.is_grid(tree):
@@ -114,7 +116,7 @@ def dry_run(
     for trial in known:
         taken = f"{trial.workers} worker{'s' * (trial.workers > 1)}, {trial.cpus:g} CPU"
         taken += f", {trial.gpus:g} GPU" if trial.gpus else ""
-        values = ", ".join(f"{path}={value}" for path, value in flatten_changes(trial).items())
+        values = ", ".join(f"{path}={value}" for path, value in settings_of(trial.changes).items())
         yield f"{trial.name}   {taken}   {values}"
     steps = sum(trial.config.train.steps for trial in known)
     stops = rungs(settings.asha, settings.base.train.steps)
@@ -123,11 +125,6 @@ def dry_run(
         yield f"{len(listed)} trials, {steps:,} steps if none is cut short{cut}; nothing was started"
     else:
         yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
-
-
-def flatten_changes(trial: Trial) -> dict[str, Any]:
-    """{leaf path: value} of what a trial sets."""
-    return {k: v for path, value in trial.changes.items() for k, v in flatten(value, path).items()}
 
 
 def _check(settings: SweepConfig, configs: list[Config]) -> None:
