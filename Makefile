@@ -49,6 +49,7 @@ format: install
 
 schema: install
 	$(BIN)/python -m xlc_ray.config.schema > configs/schema.json
+	$(BIN)/python -m xlc_ray.config.schema sweep > configs/sweeps/schema.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,7 +43,7 @@ def train(config: Config) -> dict[str, Any]:
     where the loss is not finite, and what made a worker fail when `cluster.max_failures` restarts did not help.
     """
     config = resolve(config)
-    data = _open(config)
+    data = open_or_make(config)
     wiring = loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
     connect()
     least = min(layout.workers for layout in layouts(config))
@@ -58,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
     return {**logs.read(config.out)[-1], "out": config.out}
 
 
-def _open(config: Config) -> Store:
+def open_or_make(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
     path = config.source.path
     if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):

@@ -211,6 +211,8 @@ class Wandb(Settings):
     """Project name."""
     entity: str | None = None
     """Team or user."""
+    group: Name | None = None
+    """Shows runs together under this name; trials of a sweep have its name by themselves."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to the run directory; sync later."""
 

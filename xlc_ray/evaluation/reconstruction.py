@@ -32,8 +32,9 @@ def evaluate_reconstruction(
     """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too, and
     `diff` what is normalised.
 
-    The dictionary is measured in its inference form and left as it was found. Raises UserError where there is no row,
-    or where a site or its reconstruction is not finite.
+    The dictionary is measured in its inference form and left as it was found. Of one that is split over ranks, all
+    ranks of a replica call this with the same batches and get the metrics of the whole; `watches` and `diff` need one
+    rank. Raises UserError where there is no row, or where a site or its reconstruction is not finite.
     """
     wiring, device, was_training = dictionary.wiring, dictionary.b_dec.device, dictionary.training
     widths = {site: wiring.widths[site] for site in wiring.written_sites}
@@ -45,7 +46,7 @@ def evaluate_reconstruction(
         features = dictionary.encode(x)
         y_hat = dictionary.decode(features, x)
         raw_hat = dictionary.denormalize(y_hat)
-        metrics.update(batch, raw_hat, y, y_hat, [f.count() for f in features])
+        metrics.update(batch, raw_hat, y, y_hat, _counts(dictionary, features))
         for watch in watches:
             watch.update(batch, raw_hat, features)
         if diff:
@@ -53,6 +54,17 @@ def evaluate_reconstruction(
     dictionary.train(was_training)
     _check(metrics)
     return metrics
+
+
+def _counts(dictionary: Dictionary, features: list[Features]) -> list[Tensor]:
+    """Active tokens of each feature, those of other ranks included, for each group [F]."""
+    shards = dictionary.shards
+    if shards.group is None:
+        return [f.count() for f in features]
+    whole = [torch.zeros(size, dtype=torch.int64, device=dictionary.b_dec.device) for size in dictionary.sizes]
+    for counts, f in zip(whole, features, strict=True):
+        counts[slice(*shards.bounds(len(counts)))] = f.count()
+    return list(shards.total(torch.cat(whole)).split([len(counts) for counts in whole]))
 
 
 def _check(metrics: ReconstructionMetrics) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -53,13 +54,17 @@ def _start_wandb(config: Config):
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
     name = files.name(config.out)
+    run = f"{name}-{config.seed}"
+    if settings.group:  # names of trials are long, and the same in many sweeps
+        run = hashlib.sha256(f"{config.out}-{config.seed}".encode()).hexdigest()[:16]
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
         mode=settings.mode,
         dir=directory,
         name=name,
-        id=f"{name}-{config.seed}",
+        group=settings.group,
+        id=run,
         resume="allow",
         config=config.model_dump(mode="json"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from xlc_ray import files
 from xlc_ray.activations import order, sites, source, store
 from xlc_ray.config import Config, UserError, load_config_text
-from xlc_ray.dictionary import Shards, Wiring, checkpoint
+from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import shared
@@ -147,6 +147,26 @@ def train_rank(
     Every rank calls `announce` with each line of metrics, `saved` with the step and the newest metrics when a
     checkpoint is complete, and `stepped` with the number of each step made.
     """
+    *_, last = train_in_parts(config, data, shards, reader, device, announce, saved, (), stepped)
+    return last
+
+
+def train_in_parts(
+    config: Config,
+    data: store.Store,
+    shards: Shards,
+    reader: Reader,
+    device: torch.device,
+    announce: Callable[[dict[str, Any]], None],
+    saved: Callable[[int, dict[str, Any]], None],
+    stops: Collection[int],
+    stepped: Callable[[int], None] = lambda step: None,
+    more: Callable[[Dictionary], dict[str, Any]] = lambda dictionary: {},
+) -> Generator[dict[str, Any], None, None]:
+    """Likewise, one part at a time: the metrics after each of the steps `stops` that are left, and after the last.
+
+    There `more`, called by every rank, adds to the metrics, and a checkpoint is written. Close it to stop training.
+    """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
     normalize_by(dictionary, config.dictionary.normalization, config.dictionary.wiring.kind, data.statistics())
@@ -161,7 +181,7 @@ def train_rank(
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:
-        return _steps(config, learner, data, reader, device, log, announce, saved, stepped)
+        yield from _steps(config, learner, data, reader, device, log, announce, saved, stops, stepped, more)
     finally:
         if log:
             log.close()
@@ -176,8 +196,10 @@ def _steps(
     log: Log | None,
     announce,
     saved,
+    stops: Collection[int],
     stepped,
-) -> dict[str, Any]:
+    more,
+) -> Iterator[dict[str, Any]]:
     train, first = config.train, learner.step
     steps = _each_step(config, learner, data, reader, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
@@ -186,8 +208,9 @@ def _steps(
         train_step = next(steps)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
+        stop = last or learner.step + 1 in stops
         due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
-        measure = last or due or learner.step == first or (learner.step + 1) % train.log_every == 0
+        measure = stop or due or learner.step == first or (learner.step + 1) % train.log_every == 0
         found = train_step(measure)
         stepped(learner.step)
         if due and found is not None:
@@ -195,13 +218,17 @@ def _steps(
         clock.tokens += train.batch_tokens
         if found is not None:
             metrics = {"step": learner.step, "tokens": learner.step * train.batch_tokens, **found, **clock.read()}
+            if stop:
+                metrics |= more(learner.dictionary)
             if log:
                 log.write(metrics)
             announce(metrics)
-        if last or learner.step % train.checkpoint_every == 0:
+        if stop or learner.step % train.checkpoint_every == 0:
             learner.save(config.out)
             saved(learner.step, metrics)
-    return metrics
+        if stop and not last:
+            yield metrics
+    yield metrics
 
 
 def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Mapping[str, Tensor]]:
