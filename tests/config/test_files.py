@@ -7,7 +7,7 @@ import json
 import jsonschema
 import pytest
 
-from tests.config.tree import FILES, PRESETS, ROOT, SWEEPS, everything, walk
+from tests.config.tree import FILES, PRESETS, ROOT, SWEEPS, everything
 from xlc_ray.activations import sites
 from xlc_ray.config import load_config, load_config_text, schema, yaml_text
 from xlc_ray.config.sweep import load_sweep, sweep_of

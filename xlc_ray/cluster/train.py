@@ -19,7 +19,7 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from xlc_ray import files
-from xlc_ray.activations.store import Store, open_store
+from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
 from xlc_ray.cluster.gauges import Gauges
@@ -28,6 +28,7 @@ from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
@@ -60,17 +61,20 @@ def train(config: Config) -> dict[str, Any]:
 
 def open_or_make(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
-    path = config.source.path
-    if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):
+    if not is_there(config.source.path):
         if not config.source.make_if_missing:
+            match config.source:
+                case HttpSource(url=url, dataset_id=dataset):
+                    what = f"source.dataset_id: no complete store {dataset} at {url}"
+                case StoreSource(path=path):
+                    what = f"source.path: no complete store at {path}"
             raise UserError(
-                f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
-                "or set source.make_if_missing: true"
+                f"{what}; make it by jobs/generate.py with the same settings, or set source.make_if_missing: true"
             )
         from xlc_ray.cluster.generate import generate  # with its language-model libraries, which workers do not need
 
         generate(config)
-    return open_store(path)
+    return open_source(config.source)
 
 
 class _Grown(Exception):
@@ -96,7 +100,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
     torch.manual_seed(config.seed)
     shards = Shards.of_world(place.layout.tensor_parallel, device.type)
     own = _nodes_of_ranks(config, place)
-    data = replace(open_store(config.source.path), patience=config.cluster.read_retry_s)
+    data = replace(open_source(config.source), patience=config.cluster.read_retry_s)
     gauges = Gauges(files.name(config.out))
     leader = shards.rank == 0 and shards.replica == 0
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from xlc_ray import files
 from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import ModelPair, load_models
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import open_source
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Dictionary, Shards
 from xlc_ray.evaluation.pair import evaluate_pair
@@ -52,12 +51,12 @@ class TrialRank:
     ):
         self.config, self.device, self.predictions = config, device, predictions
         self.models: LanguageModel | ModelPair | None = None
-        data = open_store(config.source.path)
-        self.held_out = open_store(files.join(config.source.path, "held_out"))
+        data = open_source(config.source)
+        self.held_out = open_source(config.source, "held_out")
         # Read in this process: several trials share a machine, where readers of their own would outnumber learners.
         reader = loop.in_process(config, data, shards)
         self.parts = loop.train_in_parts(
-            config, data, shards, reader, device, announce, lambda step, metrics: None, stops, self.measure
+            config, data, shards, reader, device, announce, lambda step, metrics: None, stops, more=self.measure
         )
 
     def advance(self) -> dict[str, Any]:
