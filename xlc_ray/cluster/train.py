@@ -22,6 +22,7 @@ from xlc_ray import files
 from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
+from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
@@ -54,7 +55,7 @@ def train(config: Config) -> dict[str, Any]:
         preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with _Watch(config, step or 0):
+        with driving(config.out), _Watch(config, step or 0):
             supervise(config, _worker)
     return {**logs.read(config.out)[-1], "out": config.out}
 
@@ -101,7 +102,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
     shards = Shards.of_world(place.layout.tensor_parallel, device.type)
     own = _nodes_of_ranks(config, place)
     data = replace(open_source(config.source), patience=config.cluster.read_retry_s)
-    gauges = Gauges(files.name(config.out))
+    gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
@@ -118,9 +119,8 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
             if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
                 raise _Grown
 
-    loop.train_rank(
-        config, data, shards, reader, device, gauges.set if leader else lambda _: None, saved, watchdog.beat
-    )
+    announce = gauges.set if leader else lambda _: gauges.set({})
+    loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
 
 
 def _larger(config: Config, found: Place, now: Place) -> bool:
@@ -163,9 +163,8 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        lines = logs.read(self.config.out)
-        if lines and lines[-1]["step"] > self.step:
-            m = lines[-1]
+        m = logs.last(self.config.out)
+        if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
             if "kl" in m:
