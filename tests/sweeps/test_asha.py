@@ -47,10 +47,10 @@ def test_halving_decides_at_rungs_and_only_once():
     assert not halving.goes_on("d", 10, {"fvu": math.nan})
 
 
-def test_halving_by_the_frontier_keeps_each_sparsity():
+def test_halving_keeps_the_whole_frontier_and_cuts_what_is_behind():
     halving = Halving((10,), 2, "frontier")
     curve = {8: 0.4, 32: 0.2, 128: 0.1}
     for l0, fvu in curve.items():
-        halving.goes_on(f"good{l0}", 10, metrics(l0, fvu))
+        assert halving.goes_on(f"good{l0}", 10, metrics(l0, fvu))
     assert [halving.goes_on(f"bad{l0}", 10, metrics(l0, 1.3 * fvu)) for l0, fvu in curve.items()] == [False] * 3
     assert [halving.goes_on(f"new{l0}", 10, metrics(l0, 0.97 * fvu)) for l0, fvu in curve.items()] == [True] * 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlc_ray.sweeps.frontier import excess, pareto, scores
+from xlc_ray.sweeps.frontier import excesses, pareto, scores
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -27,30 +27,30 @@ def test_pareto_is_what_no_other_equals_or_beats(found):
 
 
 def test_excess_is_fvu_at_matched_l0():
-    others = [metrics(16, 0.4), metrics(64, 0.2), metrics(70, 0.5)]  # the last is beaten and plays no part
-    assert excess(metrics(16, 0.44), others) == pytest.approx(math.log(1.1))
-    # Between two points: the straight line in logarithms, 0.4 / sqrt 2 at l0 = 32.
-    assert excess(metrics(32, 0.2), others) == pytest.approx(math.log(0.2 / (0.4 / math.sqrt(2))))
-    # Beyond the ends: a cube root, which never predicts more than nothing explained.
-    assert excess(metrics(512, 0.2), others) == pytest.approx(math.log(2))
-    assert excess(metrics(2, 0.4), others) == pytest.approx(math.log(0.5))
-    assert excess(metrics(0.001, 0.9), others) == pytest.approx(math.log(0.9))
+    front = [(16, 0.4), (64, 0.2)]
+    found = excesses([*front, (16, 0.44), (32, 0.4), (256, 0.2), (256, 0.3), (65, math.nan), (math.inf, 0.1)])
+    assert found[:2] == [0, 0]
+    assert found[2] == pytest.approx(math.log(1.1))
+    # Between two points: the straight line in logarithms, 0.4 / sqrt 2 at l0 = 32. Beyond the last: as at the last.
+    assert found[3] == pytest.approx(math.log(math.sqrt(2)))
+    assert found[4:] == [0, pytest.approx(math.log(1.5)), math.inf, math.inf]
 
 
-def test_excess_without_others_or_without_numbers():
-    assert excess(metrics(3, 0.5), []) == 0
-    assert excess(metrics(math.nan, 0.5), [metrics(3, 0.5)]) == math.inf
-    assert excess({"l0": 3, "fvu": None}, [metrics(3, 0.5)]) == math.inf
-    assert excess(metrics(3, 0.5), [metrics(math.nan, 0.1)]) == 0
+@given(points)
+def test_none_is_behind_itself_and_the_frontier_is_never_behind(found):
+    behind = excesses([(x + 1, y + 1) for x, y in found])
+    assert min(behind) >= 0
+    assert all(behind[i] == 0 for i in pareto(found))
 
 
-@given(st.floats(0.2, 0.8), st.lists(st.floats(1, 500), min_size=2, max_size=8, unique=True))
-def test_trials_on_one_curve_are_judged_alike_wherever_they_lie(slope, l0s):
-    """No sparsity is preferred: the fate of a trial depends on what others reach at its own l0."""
-    curve = {str(l0): metrics(l0, 0.9 * (l0 + 1) ** -slope) for l0 in l0s}
+@given(st.floats(0.2, 0.8), st.floats(1.01, 3), st.lists(st.integers(1, 500), min_size=2, max_size=8, unique=True))
+def test_trials_are_judged_alike_wherever_they_lie(slope, factor, l0s):
+    """No sparsity is preferred: the same share more fvu than the curve is the same excess everywhere."""
+    curve = {str(l0): metrics(l0, 0.9 * l0**-slope) for l0 in l0s}
     for found in curve.values():
-        worse = curve | {"new": metrics(found["l0"], 1.2 * found["fvu"])}
-        assert scores("frontier", worse)["new"] == pytest.approx(math.log(1.2))
+        behind = scores("frontier", curve | {"new": metrics(found["l0"], factor * found["fvu"])})
+        assert behind.pop("new") == pytest.approx(math.log(factor))
+        assert set(behind.values()) == {0}
 
 
 def test_other_metrics_count_as_they_are_with_their_direction():

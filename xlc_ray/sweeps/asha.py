@@ -1,7 +1,8 @@
 """Asynchronous successive halving (Li et al. 2018), in the form that stops: no trial waits for another.
 
-A trial that comes to a rung as the n-th goes on if fewer than n / reduction of the trials that came there before it, or
-with it, score better. So the first goes on always, and of many the best 1/reduction.
+A trial that comes to a rung as the n-th goes on if fewer than n / reduction of the trials that came there so far score
+better. So the first goes on always, and of many the best 1/reduction. By excess (frontier.py) none is better than a
+trial on the frontier, so that the whole frontier goes on, however many that are.
 """
 
 from __future__ import annotations

@@ -1,27 +1,23 @@
 """Sparsity against fidelity: which trials no other beats, and how far the rest lie behind.
 
 The *frontier* of points (l0, fvu) are those that no other point equals or beats in both. Between its points it is read
-off a straight line in (log l0, log fvu); beyond its ends, where nothing was measured, it goes on as
+off a straight line in (log l0, log fvu); beyond its last, more features are taken to give nothing more. The *excess* of
+a trial is fvu at matched l0,
 
-    fvu ∝ l0^-⅓, at most 1
+    excess = log fvu - log (the frontier's fvu at the trial's l0)
 
-which is about how fvu falls with l0 (0.30 in the quickstart's sweep). A trial's *excess* is fvu at matched l0:
-
-    excess = log fvu - log (the fvu of the others' frontier at the trial's l0)
-
-below 0 where the trial extends the frontier, log 1.1 where its fvu is 10 % more than that of the others at its l0. It
-compares sparse trials with sparse ones and dense with dense ones, so that cutting by it leaves none of either out.
+which is 0 on the frontier, and log 1.1 where the trial's fvu is 10 % more than the frontier's at the same l0. Nothing
+in it says how much l0 an fvu is worth: a sparse trial is behind only if others do better at its own sparsity.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Metrics = Mapping[str, float | None]
 Point = tuple[float, float]
-SLOPE = 1 / 3
 HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio", "ce_recovered", "top1_agreement")
 SMALL = 1e-9
 
@@ -44,39 +40,37 @@ def pareto(points: Sequence[Point]) -> list[int]:
     return found
 
 
-def frontier_at(points: Sequence[Point], l0: float) -> float:
-    """log fvu of the frontier of some points (at least one) at an l0."""
-    line = [(math.log(max(x, SMALL)), math.log(max(y, SMALL))) for x, y in (points[i] for i in pareto(points))]
-    x = math.log(max(l0, SMALL))
-    (left, first), (right, last) = line[0], line[-1]
-    if x <= left:
-        return max(min(first + SLOPE * (left - x), 0.0), first)
-    if x >= right:
-        return last - SLOPE * (x - right)
-    i = bisect.bisect_right([at for at, _ in line], x)
-    return interpolate(line[i - 1], line[i], x)
-
-
 def interpolate(one: Point, other: Point, x: float) -> float:
     """The line through two points at x."""
     share = (x - one[0]) / (other[0] - one[0])
     return one[1] + share * (other[1] - one[1])
 
 
-def excess(mine: Metrics, others: Iterable[Metrics]) -> float:
-    """log fvu above the frontier of others at my l0; 0 without others, infinite where my numbers are not finite."""
-    l0, fvu = cost("l0", mine), cost("fvu", mine)
-    if not (math.isfinite(l0) and math.isfinite(fvu)):
-        return math.inf
-    points = [(cost("l0", m), cost("fvu", m)) for m in others]
-    points = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
-    return math.log(max(fvu, SMALL)) - frontier_at(points, l0) if points else 0.0
+def excesses(points: Sequence[Point]) -> list[float]:
+    """The excess of each point (l0, fvu) over the frontier of all; infinite where a coordinate is not finite."""
+    front = pareto(points)
+    line = [(log(points[i][0]), log(points[i][1])) for i in front]
+
+    def excess(i: int) -> float:
+        if i in front:
+            return 0.0
+        if not all(map(math.isfinite, points[i])):
+            return math.inf
+        x, y = log(points[i][0]), log(points[i][1])
+        after = bisect.bisect_right([at for at, _ in line], x)
+        return y - (interpolate(line[after - 1], line[after], x) if after < len(line) else line[-1][1])
+
+    return [excess(i) for i in range(len(points))]
+
+
+def log(value: float) -> float:
+    """Its logarithm; of numbers that are nothing, that of SMALL."""
+    return math.log(max(value, SMALL))
 
 
 def scores(metric: str, measured: Mapping[str, Metrics]) -> dict[str, float]:
-    """{trial: what to make small}: its excess over the others if `metric` is frontier, else the metric itself."""
+    """{trial: what to make small}: its excess if `metric` is frontier, else the metric itself."""
     if metric != "frontier":
         return {name: cost(metric, found) for name, found in measured.items()}
-    return {
-        name: excess(found, (other for at, other in measured.items() if at != name)) for name, found in measured.items()
-    }
+    points = [(cost("l0", found), cost("fvu", found)) for found in measured.values()]
+    return dict(zip(measured, excesses(points), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from xlc_ray import files
 from xlc_ray.evaluation.page import PAGE, STYLE
-from xlc_ray.sweeps.frontier import SMALL
+from xlc_ray.sweeps.frontier import log
 
 Row = dict[str, Any]
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900.0, 420.0, 70.0, 50.0, 16.0
@@ -49,7 +49,7 @@ def frontier(out: str, summary: dict[str, Any], rows: Sequence[Row], best: set[s
 def _plot(rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
     if not rows:
         return "<p>Nothing was measured yet.</p>"
-    points = [(_log(row["metrics"][x]), _log(row["metrics"][y])) for row in rows]
+    points = [(log(row["metrics"][x]), log(row["metrics"][y])) for row in rows]
     across, up = _scale([p for p, _ in points], LEFT, WIDTH - 20), _scale([p for _, p in points], HEIGHT - BOTTOM, TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(y)} against {escape(x)}">']
     parts += _ticks([p for p, _ in points], across, True) + _ticks([p for _, p in points], up, False)
@@ -107,7 +107,3 @@ def _table(rows: Sequence[Row], best: set[str]) -> str:
         f'<figure class="table"><table><thead><tr><th>trial</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
         "</table></figure>"
     )
-
-
-def _log(value: float) -> float:
-    return math.log(max(value, SMALL))

@@ -11,7 +11,7 @@ from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.sweeps import page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
-from xlc_ray.sweeps.frontier import SMALL, cost, interpolate, pareto
+from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto
 from xlc_ray.sweeps.rank import MEASURED, PREDICTED
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ class Sweep:
             return float(row.metrics[name] or 0.0)
 
         line = sorted(line, key=x)
-        nearest = min(line, key=lambda row: abs(_log(x(row)) - _log(wanted)))
+        nearest = min(line, key=lambda row: abs(log(x(row)) - log(wanted)))
         below, above = [r for r in line if x(r) <= wanted], [r for r in line if x(r) >= wanted]
         if x(nearest) == wanted:
             return self._best(nearest, metric, {name: wanted}, "measured")
         if not (below and above):
             return self._best(nearest, metric, {name: x(nearest)}, "nearest")
-        ends = [(_log(x(row)), _log(float(row.metrics[metric] or 0.0))) for row in (below[-1], above[0])]
-        value = math.exp(interpolate(ends[0], ends[1], _log(wanted)))
+        ends = [(log(x(row)), log(float(row.metrics[metric] or 0.0))) for row in (below[-1], above[0])]
+        value = math.exp(interpolate(ends[0], ends[1], log(wanted)))
         return self._best(nearest, metric, {name: wanted}, "interpolated", value)
 
     def _best(self, row: Row, metric: str, at: dict[str, float], how: str, value: float | None = None) -> Best:
@@ -128,7 +128,3 @@ def _check(*names: str) -> None:
 
 def _cell(value: Any) -> Any:
     return str(list(value)) if isinstance(value, list | tuple) else value
-
-
-def _log(value: float) -> float:
-    return math.log(max(value, SMALL))
