@@ -10,7 +10,6 @@ measured before and after the job. The job's first line of metrics, which pays f
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks import ranks, step, timing
+from tests.benchmarks import ranks, results, step, timing
 from xlc_ray.activations.store import open_store
 from xlc_ray.config import Config, load_config
 from xlc_ray.dictionary.sparse import BREAK_EVEN
@@ -77,19 +76,25 @@ def run(path: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def table(found: dict[str, Any]) -> str:
+    """The results for people."""
+    lines = [
+        f"bare step     {found['bare_tokens_per_s']:>10,.0f} tokens/s",
+        f"jobs/train.py {found['job_tokens_per_s']:>10,.0f} tokens/s: {found['job_share_of_bare']:.0%} of it",
+        f"waiting for data: {found['data_wait']:.1%} of the job's time",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
     p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--json", metavar="FILE", help="write the results")
+    results.option(p)
     o = p.parse_args()
     found = run(o.config, o.repeats)
-    print(f"bare step     {found['bare_tokens_per_s']:>10,.0f} tokens/s")
-    print(f"jobs/train.py {found['job_tokens_per_s']:>10,.0f} tokens/s: {found['job_share_of_bare']:.0%} of it")
-    print(f"waiting for data: {found['data_wait']:.1%} of the job's time")
-    if o.json:
-        Path(o.json).write_text(json.dumps(found, indent=1) + "\n")
+    results.deliver(found, table(found), o.json)
 
 
 if __name__ == "__main__":

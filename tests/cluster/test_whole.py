@@ -58,7 +58,7 @@ def job(name, *words, **environment):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1200)
     return process.returncode, out, err
 
 
@@ -174,7 +174,7 @@ def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings, tmp_path
         job = [sys.executable, "jobs/train.py", "--config", "configs/quickstart.yaml", *small, *words]
         command = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job]
         return subprocess.run(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
         )
 
     done = submit("--train.lr=3e-4")

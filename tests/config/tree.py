@@ -13,6 +13,7 @@ from xlc_ray.config import Config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted((ROOT / "configs/presets").glob("*.yaml"))
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

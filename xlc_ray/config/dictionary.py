@@ -232,8 +232,9 @@ Gate = Annotated[
 class Normalization(Settings):
     """What is done to every site before the dictionary sees it; undone in its output."""
 
-    kind: Literal["none", "rms", "mean_norm", "mean_std"] = "rms"
-    """rms: E|x|^2 = d; mean_norm: E|x| = sqrt(d); mean_std: each dimension by its deviation (always centred)."""
+    kind: Literal["none", "rms", "unit", "mean_norm", "mean_std"] = "rms"
+    """rms: E|x|^2 = d; unit: E|x|^2 = 1; mean_norm: E|x| = sqrt(d); mean_std: each dimension by its deviation (always
+    centred)."""
     center: bool | None = None
     """Subtract the site's mean; null = yes for clt and transcoder, no for the others."""
 

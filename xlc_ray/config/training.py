@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from xlc_ray.config.base import Fraction, Name, Settings
+from xlc_ray.config.errors import UserError
 
 
 class Constant(Settings):
@@ -159,6 +160,15 @@ class Resample(Settings):
                 f"warmup = {self.warmup} exceeds every = {self.every}: the rate would never be whole again"
             )
         return self
+
+    @staticmethod
+    def check_tying(by: str | None) -> None:
+        """Raise UserError where a wiring ties decoders so (None: not at all) that no row is one feature's own."""
+        if by == "per_target":
+            raise UserError(
+                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
+                "train.loss.auxk, train.loss.ghost or tied: per_source"
+            )
 
 
 class EndToEnd(Settings):

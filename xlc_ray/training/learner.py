@@ -17,7 +17,8 @@ from torch import Tensor
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.training import Sparsity
 from xlc_ray.dictionary import checkpoint, connection, losses, nested
-from xlc_ray.dictionary.dictionary import DeadFeatures, Dictionary, Encoding
+from xlc_ray.dictionary.dictionary import Dictionary
+from xlc_ray.dictionary.encoding import DeadFeatures, Encoding
 from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.recycling import forget_gradients
 from xlc_ray.training import optimizers

@@ -40,7 +40,8 @@ FREE = (
 
 
 def wiring_for(config: Config, data: store.Store) -> Wiring:
-    """The wiring over the sites of a store. Raises UserError on sites that the store lacks."""
+    """The wiring over the sites of a store. Raises UserError on sites that the store lacks, and on a wiring that the
+    settings of training cannot train."""
     have = data.manifest.sites
     layers = 1 + max(sites.parse(site)[1] for site in have)
     widths = {sites.of_base(site): width for site, width in have.items()}
@@ -48,6 +49,8 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
     wiring = make_wiring(config.dictionary.wiring, layers, width, widths.get(True))
     if missing := [s for s in wiring.sites if s not in have]:
         raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
+    if config.train.resample and wiring.tied:
+        config.train.resample.check_tying(wiring.tied.by)
     if config.train.end_to_end:
         _check_text(config, data)
     return wiring
