@@ -139,8 +139,9 @@ class ConcreteSettings(Settings):
     """z is stretched to (gamma, zeta), then cut to [0, 1]."""
     zeta: Annotated[float, Field(gt=1)] = 1.1
     """Upper end of the stretch."""
-    alpha: float = 0.0
-    """Start of the gates' log-odds (of their bias, where they read the input)."""
+    alpha: float = -3.0
+    """Start of the gates' log-odds (of their bias, where they read the input). Adam moves it by about the learning rate
+    a step, and -2.4 is where gates begin to be open at inference: from 0 (most are open) they take long to close."""
     beta: Annotated[float, Field(gt=0)] = 0.5
     """Temperature at the start."""
     final_beta: Annotated[float, Field(gt=0)] | None = None
@@ -163,8 +164,9 @@ class GatedHardConcreteGate(ConcreteSettings):
 
     kind: Literal["gated_hard_concrete"] = "gated_hard_concrete"
     """The tag of this gate."""
-    auxiliary: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the reconstruction from z alone by the frozen decoder."""
+    auxiliary: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the reconstruction from z alone by the frozen decoder. Gates learn without it; as z is at most 1, it
+    opens more features than the true ones where these are larger than 1, as they are in normalised units."""
 
 
 class TopKGate(Settings):
