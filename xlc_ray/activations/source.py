@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from xlc_ray import files
 from xlc_ray.activations.chunkfile import decode
 from xlc_ray.activations.order import Order, Window
 from xlc_ray.activations.store import Store
@@ -83,7 +85,17 @@ def batches(
             if len(keep):
                 yield read_window(store, window, keep, sites)
 
-    return rebatch(blocks(), batch_rows // replicas, store.dtype)
+    found = ahead(blocks()) if files.is_url(store.path) else blocks()  # a disk is read ahead by the system
+    return rebatch(found, batch_rows // replicas, store.dtype)
+
+
+def ahead(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The same blocks, each read in another thread while the one before it is used: two are held."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield block
 
 
 def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:

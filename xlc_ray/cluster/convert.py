@@ -8,7 +8,7 @@ import ray
 import torch
 
 from xlc_ray import files
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import is_there, open_source
 from xlc_ray.cluster.session import connect, require, resolve, run_path
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, checkpoint
@@ -52,8 +52,8 @@ def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str,
     found = convert_dictionary(
         checkpoint.load_dictionary(run_dir)[0],
         config,
-        open_store(config.source.path),
-        open_store(held_out) if files.exists(held_out) else None,
+        open_source(config.source),
+        open_source(config.source, "held_out") if is_there(held_out) else None,
         device=device,
         **options,
     )

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from xlc_ray import evaluation, files
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import open_source
 from xlc_ray.cluster.session import connect, require, run_path
 from xlc_ray.config import Config
 from xlc_ray.dictionary.checkpoint import load_dictionary
@@ -37,7 +37,7 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
 def _measure(run_dir: str, config: Config) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
     device = "cuda" if config.cluster.gpus_per_model else "cpu"
-    held_out = open_store(files.join(config.source.path, "held_out"))
+    held_out = open_source(config.source, "held_out")
     measured = evaluation.measure(load_dictionary(run_dir)[0], config, held_out, device)
     found = measured.evaluation
     write_features(run_dir, measured.features)

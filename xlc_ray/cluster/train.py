@@ -16,12 +16,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import Tensor
 
 from xlc_ray import files
-from xlc_ray.activations.store import Store, open_store
+from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.data import replica_batches
 from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
@@ -53,17 +54,20 @@ def train(config: Config) -> dict[str, Any]:
 
 def _open(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
-    path = config.source.path
-    if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):
+    if not is_there(config.source.path):
         if not config.source.make_if_missing:
+            match config.source:
+                case HttpSource(url=url, dataset_id=dataset):
+                    what = f"source.dataset_id: no complete store {dataset} at {url}"
+                case StoreSource(path=path):
+                    what = f"source.path: no complete store at {path}"
             raise UserError(
-                f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
-                "or set source.make_if_missing: true"
+                f"{what}; make it by jobs/generate.py with the same settings, or set source.make_if_missing: true"
             )
         from xlc_ray.cluster.generate import generate  # with its language-model libraries, which workers do not need
 
         generate(config)
-    return open_store(path)
+    return open_source(config.source)
 
 
 def _fit(config: Config) -> None:
@@ -123,7 +127,7 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))  # Ray allows workers one thread
     torch.manual_seed(config.seed)
     shards = Shards.of_world(config.cluster.tensor_parallel, device.type)
-    data = open_store(config.source.path)
+    data = open_source(config.source)
     gauges = Gauges(files.name(config.out))
     leader = shards.rank == 0 and shards.replica == 0
 

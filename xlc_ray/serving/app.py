@@ -2,7 +2,7 @@
 
 /api/v1/health and /datasets/{id}/… are those of crosslayer-coding's server. An id is a directory below the root,
 percent-encoded as one segment or not. Ours beside them, for stores that know more than that protocol: `?sites=` of a
-slice, and the files of a store: /files/{id}/{name} (byte ranges; put; removed), /checksum/{id}/{name}, /list/{id}.
+slice, and the files of a store: /files/{id}/{name} (byte ranges; put; removed), /size/…, /checksum/…, /list/{id}.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import hmac
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from xlc_ray.activations.chunkfile import checksum
 from xlc_ray.serving import uploads
-from xlc_ray.serving.places import Places, Refusal
+from xlc_ray.serving.places import Limits, Places, Refusal
 from xlc_ray.serving.slices import Slice, layout_of
 from xlc_ray.serving.transfer import whole_or_range
 
@@ -35,16 +34,11 @@ Index = Annotated[int, InPath(ge=0, lt=2**31)]
 Chunk = Annotated[int, Query(ge=0, lt=2**31)]
 Sites = Annotated[str | None, Query(description="a,b,…; without: inputs, then targets, of each layer")]
 Tokens = Annotated[int | None, Header(description="as its sender counts them; the file itself is what counts")]
-_ROWS = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array", "items": {"type": "integer"}}}}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on what one request may bring, in bytes, and on the rows that it may ask for."""
-
-    chunk_bytes: int
-    json_bytes: int
-    rows: int
+_ROWS = {
+    "type": "object",
+    "required": ["rows"],
+    "properties": {"rows": {"type": "array", "items": {"type": "integer"}}},
+}
 
 
 def make_app(root: str, token: str | None, limits: Limits) -> FastAPI:
@@ -125,7 +119,9 @@ def _add_uploads(routes: APIRouter, places: Places, limits: Limits) -> None:
             uploads.put(partial, target)
         return {"status": "ok"}
 
-    @routes.post("/datasets/{dataset_id:path}/metadata", status_code=201, openapi_extra=_takes(JSON, {"type": "object"}))
+    @routes.post(
+        "/datasets/{dataset_id:path}/metadata", status_code=201, openapi_extra=_takes(JSON, {"type": "object"})
+    )
     async def metadata(dataset_id: Id, request: Request) -> dict[str, str]:
         return await _put_json(request, places.dataset(dataset_id) / "metadata.json", limits)
 
@@ -155,22 +151,26 @@ def _add_files(routes: APIRouter, places: Places, limits: Limits) -> None:
 
     @routes.delete("/files/{path:path}")
     def remove(path: Name) -> dict[str, str]:
-        target = places.file(path)
-        if not target.is_file():
-            raise Refusal(404, f"{target.name} is not there")
-        target.unlink(missing_ok=True)
+        _there(places.file(path)).unlink(missing_ok=True)
         return {"status": "ok"}
+
+    @routes.get("/size/{path:path}")
+    def size(path: Name) -> dict[str, int]:
+        return {"size": _there(places.file(path)).stat().st_size}
 
     @routes.get("/checksum/{path:path}")
     def xxh3(path: Name) -> dict[str, str]:
-        target = places.file(path)
-        if not target.is_file():
-            raise Refusal(404, f"{target.name} is not there")
-        return {"xxh3": checksum(str(target))}
+        return {"xxh3": checksum(str(_there(places.file(path))))}
 
     @routes.get("/list/{path:path}")
     def names(path: Annotated[str, InPath()]) -> dict[str, list[str]]:
         return {"names": places.names(path)}
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise Refusal(404, f"{path.name} is not there")
+    return path
 
 
 async def _put_json(request: Request, target: Path, limits: Limits) -> dict[str, str]:

@@ -7,7 +7,10 @@ A dataset is a directory, its id the directory's path below the root ("gpt2/pile
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+
+from xlc_ray.config import UserError
 
 _PART = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,199}")  # no dot in front: "..", and uploads at work
 _TOP = re.compile(r"(manifest|statistics|identity|metadata|norm_stats)\.json|index\.bin|chunk_\d{1,10}\.(hdf5|h5)")
@@ -16,6 +19,20 @@ _INNER = {
     "moments": re.compile(r"chunk_\d{1,10}\.npz"),
     "records": re.compile(r"chunk_\d{1,10}\.json"),
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what one request may bring, in bytes, and on the rows that it may ask for. Raises UserError below 1."""
+
+    chunk_bytes: int
+    json_bytes: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise UserError(f"--max-{name.replace('_', '-')}: {value} should be at least 1")
 
 
 class Refusal(Exception):

@@ -13,7 +13,8 @@ import uvicorn
 
 from xlc_ray.config import UserError
 from xlc_ray.serving import uploads
-from xlc_ray.serving.app import Limits, make_app
+from xlc_ray.serving.app import make_app
+from xlc_ray.serving.places import Limits
 
 _CLIENTS = 1024  # connections at once; more get 503, on which clients try again
 

@@ -1,8 +1,8 @@
 """Rows of one chunk file as a stream: for each array its rows, one after another, in the stored type.
 
 Arrays that lie in the file as they are (contiguous, or HDF5 chunks without a filter) are read by offsets; compressed
-ones are unpacked by h5py. A file is opened for each request and closed with it: only where its arrays lie is remembered,
-by what tells one file from another that took its name, so that a replaced chunk is never served.
+ones are unpacked by h5py. A file is opened for each request and closed with it. Only where its arrays lie is
+remembered, by what tells it from another file that takes its name, so that a chunk that was replaced is never served.
 """
 
 from __future__ import annotations

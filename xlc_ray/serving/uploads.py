@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from anyio import to_thread
 from python_multipart.exceptions import MultipartParseError
@@ -20,6 +20,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from xlc_ray.serving.places import Refusal
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 PARTIAL = ".upload_"
 _STALE_SECONDS = 3600  # a partial file that nobody wrote to for so long is of a server that was killed
@@ -56,7 +59,7 @@ async def multipart_file(request: Request, field: str, limit: int) -> AsyncItera
         raise Refusal(422, f"expected multipart/form-data with a file {field}")
     form = _Form(field)
     try:
-        parser = MultipartParser(options[b"boundary"], form.callbacks())
+        parser = MultipartParser(options[b"boundary"], form.callbacks)
         async for block in Body(request, limit + _OVERHEAD):
             parser.write(block)
             for data in form.take():
@@ -75,10 +78,14 @@ class _Form:
     def __init__(self, field: str) -> None:
         self.field, self.found, self.ended = field.encode(), False, False
         self._inside, self._name, self._value, self._data = False, b"", b"", []
-
-    def callbacks(self) -> dict[str, Callable[..., None]]:
-        names = ("header_field", "header_value", "header_end", "part_data", "part_end", "end")
-        return {f"on_{name}": getattr(self, f"_{name}") for name in names}
+        self.callbacks: MultipartCallbacks = {
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        }
 
     def take(self) -> list[bytes]:
         taken, self._data = self._data, []

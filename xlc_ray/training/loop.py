@@ -31,6 +31,8 @@ FREE = (
     "cluster",
     "evaluate",
     "generate",
+    "source.cache",
+    "source.token_env",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -237,7 +239,7 @@ def _each_step(
 def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
     """The whole training job in this process: no cluster, one rank. For small runs, tests and debuggers."""
     prepare(config)
-    data, shards = store.open_store(config.source.path), Shards()
+    data, shards = store.open_source(config.source), Shards()
     if config.source.verify:
         data.verify()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
