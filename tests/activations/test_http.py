@@ -17,17 +17,17 @@ from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
 from xlc_ray.config import UserError
 from xlc_ray.config.sources import HttpSource
-from xlc_ray.serving.places import Limits
+from xlc_ray.serving.places import Terms
 from xlc_ray.serving.server import running
 
 CHUNKS = [50, 50, 50, 17]
-LIMITS = Limits(1 << 26, 1 << 24, 1 << 18)
+TERMS = Terms(1 << 26, 1 << 24, 1 << 18)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[tuple[str, Path]]:
     root = tmp_path_factory.mktemp("root")
-    with running(str(root), None, LIMITS, "127.0.0.1", 0) as url:
+    with running(str(root), None, TERMS, "127.0.0.1", 0) as url:
         yield url, root
 
 
@@ -136,7 +136,7 @@ def test_datasets_that_disagree_name_what(served, file, change, match):
 
 
 def test_the_token_comes_from_the_environment(tmp_path, monkeypatch):
-    with running(str(tmp_path), "secret", LIMITS, "127.0.0.1", 0) as url:
+    with running(str(tmp_path), "secret", TERMS, "127.0.0.1", 0) as url:
         path = HttpSource(url=url, dataset_id="a/b", token_env="TEST_TOKEN").path
         assert "secret" not in path
         monkeypatch.delenv("TEST_TOKEN", raising=False)

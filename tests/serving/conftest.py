@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import requests
 
-from xlc_ray.serving.places import Limits
+from xlc_ray.serving.places import Terms
 from xlc_ray.serving.server import running
 
-LIMITS = Limits(chunk_bytes=1 << 20, json_bytes=1 << 16, rows=1000)
+TERMS = Terms(chunk_bytes=1 << 20, json_bytes=1 << 16, rows=1000)
 LAYERS = (2, 10)  # sorted by number, not by name
 
 
@@ -40,7 +40,7 @@ class Client:
 @pytest.fixture
 def client(tmp_path) -> Iterator[Client]:
     root = tmp_path / "served"
-    with running(str(root), None, LIMITS, "127.0.0.1", 0) as url:
+    with running(str(root), None, TERMS, "127.0.0.1", 0) as url:
         yield Client(url, root)
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from tests.serving.conftest import LIMITS, chunk, rows_of
+from tests.serving.conftest import TERMS, chunk, rows_of
 from xlc_ray.serving.server import running
 
 ID = "gpt2/pile_train"
@@ -29,7 +29,7 @@ def server(tmp_path_factory):
     (place / "root" / ID).mkdir(parents=True)
     (place / "root" / ID / "chunk_0.hdf5").write_bytes(raw)
     (place / "root" / ID / "index.bin").write_bytes(b"\0" * 16)
-    with running(str(place / "root"), None, LIMITS, "127.0.0.1", 0) as url:
+    with running(str(place / "root"), None, TERMS, "127.0.0.1", 0) as url:
         yield url, place / "root", whole
         (place / "root" / ID / "chunk_0.hdf5").write_bytes(raw)
         body = requests.post(f"{url}/datasets/{ID}/slice?chunk=0", json={"rows": [3, 1]}).content

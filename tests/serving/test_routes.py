@@ -7,12 +7,14 @@ import json
 import os
 import socket
 import threading
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
+import requests
 
-from tests.serving.conftest import LIMITS, chunk, rows_of
+from tests.serving.conftest import TERMS, chunk, rows_of
 from xlc_ray.serving.server import running
 
 ID = "gpt2/pile_train"
@@ -189,7 +191,7 @@ def test_damaged_uploads_leave_nothing(client):
 
 def test_sizes_are_bounded(client):
     big = chunk(rows=60_000)[0]
-    assert len(big) > LIMITS.chunk_bytes
+    assert len(big) > TERMS.chunk_bytes
     answer = client.upload(ID, 0, big)
     assert (answer.status_code, "are taken" in answer.json()["detail"]) == (413, True)
     stream = client.session.put(f"{client.url}/files/{ID}/chunk_0.hdf5", data=iter([big[:700_000], big[700_000:]]))
@@ -240,9 +242,7 @@ def test_ranges_of_files(client):
 
 
 def test_without_the_token_nothing_is_said_or_done(tmp_path):
-    import requests
-
-    with running(str(tmp_path), "secret", LIMITS, "127.0.0.1", 0) as url:
+    with running(str(tmp_path), "secret", TERMS, "127.0.0.1", 0) as url:
         (tmp_path / "a").mkdir()
         (tmp_path / "a/metadata.json").write_text("{}")
         for headers in (
@@ -256,3 +256,20 @@ def test_without_the_token_nothing_is_said_or_done(tmp_path):
         assert os.listdir(tmp_path) == ["a"]
         assert requests.get(f"{url}/datasets/a/info", headers={"Authorization": "Bearer secret"}).json() == {}
         assert requests.get(f"{url}/api/v1/health").status_code == 200
+
+
+def test_the_index_can_have_the_one_form_that_the_training_client_reads(tmp_path):
+    (tmp_path / "a").mkdir()
+    np.array([(1, 3, 0, 0), (0, 2, 3, 0)], "<i4").tofile(tmp_path / "a/index.bin")
+    (tmp_path / "a/metadata.json").write_text('{"total_tokens": 5}')
+    with running(str(tmp_path), None, replace(TERMS, row_index=True), "127.0.0.1", 0) as url:
+
+        def ask() -> list[list[int]]:
+            return np.frombuffer(requests.get(f"{url}/datasets/a/manifest").content, "<u4").reshape(-1, 2).tolist()
+
+        assert ask() == [[1, 0], [1, 1], [1, 2], [0, 0], [0, 1]]
+        rows = [[0, 1], [1, 0], [0, 0], [1, 1]]
+        np.array(rows, "<u4").tofile(tmp_path / "a/index.bin")
+        assert ask() == rows
+        (tmp_path / "a/index.bin").unlink()
+        assert requests.get(f"{url}/datasets/a/manifest").status_code == 404

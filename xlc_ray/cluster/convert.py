@@ -49,11 +49,12 @@ def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str,
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
     device = "cuda" if config.cluster.gpus_per_model else "cpu"
     held_out = files.join(config.source.path, "held_out")
+    there = files.exists(held_out) or is_there(held_out)  # a server knows no directories
     found = convert_dictionary(
         checkpoint.load_dictionary(run_dir)[0],
         config,
         open_source(config.source),
-        open_source(config.source, "held_out") if is_there(held_out) else None,
+        open_source(config.source, "held_out") if there else None,
         device=device,
         **options,
     )

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from xlc_ray.cluster.cli import Options
 from xlc_ray.cluster.session import connect
 from xlc_ray.config import UserError
-from xlc_ray.serving.places import Limits
+from xlc_ray.serving.places import Terms
 
 GIB = 1 << 30
 
@@ -27,6 +27,9 @@ def options(description: str | None) -> Options:
     found.add_argument("--max-chunk-bytes", type=int, default=8 * GIB, help="of an uploaded file (default: 8 GiB)")
     found.add_argument("--max-json-bytes", type=int, default=GIB // 8, help="of uploaded JSON (default: 128 MiB)")
     found.add_argument("--max-rows", type=int, default=1 << 18, help="of one slice (default: 262144)")
+    found.add_argument(
+        "--row-index", action="store_true", help="/manifest has a record a row, as crosslayer-coding reads"
+    )
     found.add_argument("--nodes", metavar="RESOURCE", help="serve in a Ray actor on each node with it: CPU for all")
     return found
 
@@ -40,17 +43,18 @@ def serve(
     max_chunk_bytes: int,
     max_json_bytes: int,
     max_rows: int,
+    row_index: bool,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises UserError where the address, folder or token cannot be used."""
     found = _server()
-    token, limits = found.token_of(token_env), Limits(max_chunk_bytes, max_json_bytes, max_rows)
+    token, terms = found.token_of(token_env), Terms(max_chunk_bytes, max_json_bytes, max_rows, row_index)
     if nodes:
-        serving = serve_nodes(nodes, root, token, limits, port)
+        serving = serve_nodes(nodes, root, token, terms, port)
         print("\n".join(f"serving {root} at {url}" for url in serving.urls), flush=True)
         _until_told()
         serving.stop()
         return
-    server, door = found.make_server(root, token, limits), found.listen(host, port)
+    server, door = found.make_server(root, token, terms), found.listen(host, port)
     print(f"serving {root} at {found.address(door)}{' (token needed)' if token else ''}", flush=True)
     server.run(sockets=[door])
 
@@ -82,7 +86,7 @@ class Serving:
             ray.kill(actor)
 
 
-def serve_nodes(resource: str, root: str, token: str | None, limits: Limits, port: int) -> Serving:
+def serve_nodes(resource: str, root: str, token: str | None, terms: Terms, port: int) -> Serving:
     """Serve `root`, a folder of each node's own, on every node that has some of `resource`. Raises UserError."""
     connect()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
@@ -90,7 +94,7 @@ def serve_nodes(resource: str, root: str, token: str | None, limits: Limits, por
         raise UserError(f"--nodes {resource}: no node of the cluster has this resource")
     where = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     actors = [
-        ray.remote(_Server).options(num_cpus=0, scheduling_strategy=place).remote(root, token, limits, host, port)
+        ray.remote(_Server).options(num_cpus=0, scheduling_strategy=place).remote(root, token, terms, host, port)
         for place, host in zip(where, [node["NodeManagerAddress"] for node in nodes], strict=True)
     ]
     return Serving(actors)
@@ -99,8 +103,8 @@ def serve_nodes(resource: str, root: str, token: str | None, limits: Limits, por
 class _Server:
     """A server in a thread of an actor."""
 
-    def __init__(self, root: str, token: str | None, limits: Limits, host: str, port: int) -> None:
-        self._running = _server().running(root, token, limits, host, port)
+    def __init__(self, root: str, token: str | None, terms: Terms, host: str, port: int) -> None:
+        self._running = _server().running(root, token, terms, host, port)
         self._url = self._running.__enter__()
 
     def url(self) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import hmac
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,9 +24,9 @@ from starlette.requests import ClientDisconnect
 
 from xlc_ray.activations.chunkfile import checksum
 from xlc_ray.serving import uploads
-from xlc_ray.serving.places import Limits, Places, Refusal
+from xlc_ray.serving.places import Places, Refusal, Terms
 from xlc_ray.serving.slices import Slice, layout_of
-from xlc_ray.serving.transfer import whole_or_range
+from xlc_ray.serving.transfer import chunk_index, row_index, whole_or_range
 
 OCTETS, JSON = "application/octet-stream", "application/json"
 Id = Annotated[str, InPath(description="directory of the dataset below the root")]
@@ -40,15 +41,18 @@ _ROWS = {
     "properties": {"rows": {"type": "array", "items": {"type": "integer"}}},
 }
 
+_PARSING = threading.Lock()
+"""What is parsed takes several times its bytes: one at a time."""
 
-def make_app(root: str, token: str | None, limits: Limits) -> FastAPI:
+
+def make_app(root: str, token: str | None, terms: Terms) -> FastAPI:
     """The server of a folder. `token`: what clients must bear; None: nothing."""
     places = Places(root)
     app = FastAPI(title="xlc_ray activation server", docs_url=None, redoc_url=None)
     guarded = APIRouter(dependencies=[Depends(_guard(token))])
-    _add_reading(guarded, places, limits)
-    _add_uploads(guarded, places, limits)
-    _add_files(guarded, places, limits)
+    _add_reading(guarded, places, terms)
+    _add_uploads(guarded, places, terms)
+    _add_files(guarded, places, terms)
 
     @app.get("/api/v1/health")
     async def health() -> dict[str, str]:
@@ -62,10 +66,10 @@ def make_app(root: str, token: str | None, limits: Limits) -> FastAPI:
     return app
 
 
-def _guard(token: str | None) -> Callable[[Request], None]:
+def _guard(token: str | None) -> Callable[[Request], Awaitable[None]]:
     wanted = f"Bearer {token}".encode()
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
         if token is not None and not hmac.compare_digest(given, wanted):
             raise Refusal(401, "needs the header Authorization: Bearer TOKEN")
@@ -73,10 +77,10 @@ def _guard(token: str | None) -> Callable[[Request], None]:
     return check
 
 
-def _add_reading(routes: APIRouter, places: Places, limits: Limits) -> None:
+def _add_reading(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.post("/datasets/{dataset_id:path}/slice", openapi_extra=_takes(JSON, _ROWS))
     async def slice_of(dataset_id: Id, request: Request, chunk: Chunk, sites: Sites = None) -> Response:
-        rows = _rows(await uploads.Body(request, 16 * limits.rows).whole(), limits.rows)
+        rows = _rows(await uploads.Body(request, 16 * terms.rows).whole(), terms.rows)
         path = places.chunk(dataset_id, chunk)
         found = await to_thread.run_sync(Slice, path, rows, None if sites is None else sites.split(","))
         return StreamingResponse(iter(found), media_type=OCTETS, headers={"Content-Length": str(found.length)})
@@ -91,17 +95,19 @@ def _add_reading(routes: APIRouter, places: Places, limits: Limits) -> None:
 
     @routes.get("/datasets/{dataset_id:path}/manifest")
     def manifest(dataset_id: Id, request: Request) -> Response:
-        return whole_or_range(places.dataset(dataset_id) / "index.bin", request, OCTETS)
+        path = places.dataset(dataset_id) / "index.bin"
+        chunks = chunk_index(path) if terms.row_index else None
+        return whole_or_range(path, request, OCTETS) if chunks is None else row_index(chunks)
 
 
-def _add_uploads(routes: APIRouter, places: Places, limits: Limits) -> None:
+def _add_uploads(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.post("/datasets/{dataset_id:path}/chunks/{index}", status_code=201, openapi_extra=_form("chunk_file"))
     async def chunk(dataset_id: Id, index: Index, request: Request, x_num_tokens: Tokens = None) -> dict[str, str]:
         directory = places.dataset(dataset_id)
         if (directory / "manifest.json").exists():
             raise Refusal(409, "a complete store of xlc_ray, whose manifest knows its chunks; upload to another id")
         target = directory / f"chunk_{index}.hdf5"
-        blocks = uploads.multipart_file(request, "chunk_file", limits.chunk_bytes)
+        blocks = uploads.multipart_file(request, "chunk_file", terms.chunk_bytes)
         async with uploads.received(blocks, target) as partial:
             await to_thread.run_sync(_check_chunk, partial)
             uploads.put(partial, target)
@@ -111,7 +117,7 @@ def _add_uploads(routes: APIRouter, places: Places, limits: Limits) -> None:
     @routes.post("/datasets/{dataset_id:path}/manifest", status_code=201, openapi_extra=_form("manifest_file"))
     async def manifest(dataset_id: Id, request: Request) -> dict[str, str]:
         target = places.dataset(dataset_id) / "index.bin"
-        blocks = uploads.multipart_file(request, "manifest_file", limits.chunk_bytes)
+        blocks = uploads.multipart_file(request, "manifest_file", terms.chunk_bytes)
         async with uploads.received(blocks, target) as partial:
             size = partial.stat().st_size
             if not size or size % 8:
@@ -123,16 +129,16 @@ def _add_uploads(routes: APIRouter, places: Places, limits: Limits) -> None:
         "/datasets/{dataset_id:path}/metadata", status_code=201, openapi_extra=_takes(JSON, {"type": "object"})
     )
     async def metadata(dataset_id: Id, request: Request) -> dict[str, str]:
-        return await _put_json(request, places.dataset(dataset_id) / "metadata.json", limits)
+        return await _put_json(request, places.dataset(dataset_id) / "metadata.json", terms)
 
     @routes.post(
         "/datasets/{dataset_id:path}/norm_stats", status_code=201, openapi_extra=_takes(JSON, {"type": "object"})
     )
     async def norm_stats(dataset_id: Id, request: Request) -> dict[str, str]:
-        return await _put_json(request, places.dataset(dataset_id) / "norm_stats.json", limits)
+        return await _put_json(request, places.dataset(dataset_id) / "norm_stats.json", terms)
 
 
-def _add_files(routes: APIRouter, places: Places, limits: Limits) -> None:
+def _add_files(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.get("/files/{path:path}")
     @routes.head("/files/{path:path}")
     def content(path: Name, request: Request) -> Response:
@@ -142,8 +148,8 @@ def _add_files(routes: APIRouter, places: Places, limits: Limits) -> None:
     async def put(path: Name, request: Request) -> dict[str, str]:
         target = places.file(path)
         if target.suffix == ".json":
-            return await _put_json(request, target, limits)
-        async with uploads.received(aiter(uploads.Body(request, limits.chunk_bytes)), target) as partial:
+            return await _put_json(request, target, terms)
+        async with uploads.received(aiter(uploads.Body(request, terms.chunk_bytes)), target) as partial:
             if target.suffix in (".hdf5", ".h5"):
                 await to_thread.run_sync(_check_chunk, partial)
             uploads.put(partial, target)
@@ -173,16 +179,17 @@ def _there(path: Path) -> Path:
     return path
 
 
-async def _put_json(request: Request, target: Path, limits: Limits) -> dict[str, str]:
-    async with uploads.received(aiter(uploads.Body(request, limits.json_bytes)), target) as partial:
+async def _put_json(request: Request, target: Path, terms: Terms) -> dict[str, str]:
+    async with uploads.received(aiter(uploads.Body(request, terms.json_bytes)), target) as partial:
         await to_thread.run_sync(_check_object, partial)
         uploads.put(partial, target)
     return {"status": "ok"}
 
 
 def _check_object(partial: Path) -> None:
-    if not isinstance(_parse(partial.read_bytes()), dict):
-        raise Refusal(422, "expected a JSON object")
+    with _PARSING:
+        if not isinstance(_parse(partial.read_bytes()), dict):
+            raise Refusal(422, "expected a JSON object")
 
 
 def _check_chunk(partial: Path) -> None:

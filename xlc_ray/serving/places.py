@@ -22,17 +22,22 @@ _INNER = {
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bounds on what one request may bring, in bytes, and on the rows that it may ask for. Raises UserError below 1."""
+class Terms:
+    """What is asked of requests. Raises UserError on bounds below 1."""
 
     chunk_bytes: int
+    """At most, of an uploaded file."""
     json_bytes: int
+    """At most, of uploaded JSON."""
     rows: int
+    """At most, of a slice."""
+    row_index: bool = False
+    """Answer `/manifest` with a record a row, whichever the file has: the training client reads no other."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UserError(f"--max-{name.replace('_', '-')}: {value} should be at least 1")
+        for name in ("chunk_bytes", "json_bytes", "rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--max-{name.replace('_', '-')}: {getattr(self, name)} should be at least 1")
 
 
 class Refusal(Exception):

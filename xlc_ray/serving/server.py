@@ -14,7 +14,7 @@ import uvicorn
 from xlc_ray.config import UserError
 from xlc_ray.serving import uploads
 from xlc_ray.serving.app import make_app
-from xlc_ray.serving.places import Limits
+from xlc_ray.serving.places import Terms
 
 _CLIENTS = 1024  # connections at once; more get 503, on which clients try again
 
@@ -36,22 +36,22 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: cannot listen: {error}") from None
 
 
-def make_server(root: str, token: str | None, limits: Limits) -> uvicorn.Server:
+def make_server(root: str, token: str | None, terms: Terms) -> uvicorn.Server:
     """A server of the folder `root`, which is made if need be."""
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--root {root}: {error.strerror}") from None
     uploads.sweep(Path(root))
-    app = make_app(root, token, limits)
+    app = make_app(root, token, terms)
     config = uvicorn.Config(app, log_level="warning", access_log=False, limit_concurrency=_CLIENTS, lifespan="off")
     return uvicorn.Server(config)
 
 
 @contextmanager
-def running(root: str, token: str | None, limits: Limits, host: str, port: int) -> Iterator[str]:
+def running(root: str, token: str | None, terms: Terms, host: str, port: int) -> Iterator[str]:
     """A server in a thread of its own; its URL. It ends with the context."""
-    server, door = make_server(root, token, limits), listen(host, port)
+    server, door = make_server(root, token, terms), listen(host, port)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     try:

@@ -99,7 +99,8 @@ def layout_of(file: BinaryIO) -> Layout:
 
 def _read_layout(file: BinaryIO, size: int) -> Layout:
     with _hdf5(file) as hdf5:
-        groups = [name for name in sorted(hdf5) if _is_here(hdf5, name) and isinstance(hdf5[name], h5py.Group)]
+        known = [name for name in sorted(hdf5) if name == "sites" or _LAYER.fullmatch(name)]
+        groups = [name for name in known if _is_here(hdf5, name) and isinstance(hdf5[name], h5py.Group)]
         names = [f"{group}/{name}" for group in groups for name in hdf5[group]]
         found = {name: _array(hdf5, name, size) for name in names}
     if not found:

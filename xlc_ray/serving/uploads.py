@@ -48,7 +48,7 @@ class Body:
             yield block
 
     async def whole(self) -> bytes:
-        """All of it, in memory: for small limits."""
+        """All of it, in memory: for small terms."""
         return b"".join([block async for block in self])
 
 
