@@ -103,6 +103,10 @@ def serve_nodes(resource: str, root: str, token: str | None, terms: Terms, port:
 class _Server:
     """A server in a thread of an actor."""
 
+    save = None
+    """Once nnsight is imported, every object has a method of this name. Ray would send it along, and nnsight with it,
+    after whose import there anyio cannot be imported."""
+
     def __init__(self, root: str, token: str | None, terms: Terms, host: str, port: int) -> None:
         self._running = _server().running(root, token, terms, host, port)
         self._url = self._running.__enter__()
