@@ -188,7 +188,11 @@ def run(o: argparse.Namespace) -> dict[str, Any]:
             cells.setdefault(gate, {})[wiring] = found
             print(f"{wiring:<12}{gate:<22}{text(found)}", file=sys.stderr, flush=True)
     shape = {name: getattr(o, name) for name in ("features", "l0", "steps", "batch", "lr", "tokens", "seed", "threads")}
-    return {"shape": shape, "versions": {"python": platform.python_version(), "torch": torch.__version__}, "cells": cells}
+    return {
+        "shape": shape,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "cells": cells,
+    }
 
 
 def text(found: dict[str, Any]) -> str:

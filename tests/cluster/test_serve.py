@@ -62,6 +62,7 @@ def job(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_the_job_says_where_it_is_or_in_a_line_why_not(tmp_path):
     running = job("--root", str(tmp_path / "new"), "--port", "0")
     said = running.stdout.readline()

@@ -64,7 +64,8 @@ warmup_samples: [100]
 
 def test_without_samples_other_batches_see_as_many_tokens(trials):
     found = trials("train_batch_size: [16, 32]")
-    assert [(c.train.batch_tokens, c.train.steps) for c in found] == [(1024, 300), (2048, 150)]
+    assert [c.train.batch_tokens for c in found] == [1024, 2048]
+    assert found[0].train.steps == 2 * found[1].train.steps
 
 
 def test_specific_keys_count_for_the_gates_that_have_them(trials):
