@@ -83,7 +83,7 @@ def open_store(path: str, cache: DiskCache | None = None) -> Store:
         raise UserError(f"{path}: these activations are not complete; generate again to make the rest")
     else:
         raise UserError(f"{path}: no activations here (neither manifest.json nor index.bin)")
-    store = Store(path, manifest, cache=cache)
+    store = Store(path, manifest, cache)
     store.statistics()  # a store without them must not get as far as training
     return store
 
@@ -115,10 +115,10 @@ class Store:
 
     path: str
     manifest: Manifest
-    patience: float = 0.0
-    """Seconds for which a local file system that fails is asked again."""
     cache: DiskCache | None = None
     """Where blocks of a URL's chunks are kept on a local disk."""
+    patience: float = 0.0
+    """Seconds for which a local file system that fails is asked again."""
 
     @property
     def chunk_rows(self) -> list[int]:
