@@ -73,6 +73,17 @@ def listdir(path: str) -> list[str]:
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
 
+def directories(path: str) -> list[str]:
+    """Names of the directories in a directory, sorted; empty where there is no such directory."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    try:
+        found = fs.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(name(entry["name"]) for entry in found if entry["type"] == "directory")
+
+
 def makedirs(path: str) -> None:
     """Make a directory and those above it."""
     fs, inner = filesystem(path)
@@ -91,6 +102,21 @@ def read_bytes(path: str) -> bytes:
     """The whole file."""
     fs, inner = filesystem(path)
     return fs.cat_file(inner)
+
+
+def tail(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file, or all of a smaller one."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    end = fs.size(inner)
+    return fs.cat_file(inner, start=max(0, end - size), end=end)
+
+
+def modified(path: str) -> float:
+    """When a file was last written, in seconds since 1970."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    return fs.modified(inner).timestamp()
 
 
 def read_json(path: str) -> Any:

@@ -40,7 +40,8 @@ def convert(
         raise UserError(f"{config.out}: holds a run already; choose another --out")
     cluster = config.cluster
     require(cluster.cpus_per_model, cluster.gpus_per_model, "conversion")
-    task = ray.remote(_convert).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
+    name = f"convert {files.name(run_dir)}"  # as the dashboard shows it
+    task = ray.remote(_convert).options(name=name, num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
     options = {"per_feature": per_feature, "target_l0": target_l0, "tolerance": tolerance, "folded": fold}
     return ray.get(task.remote(run_dir, config, options)) | {"out": config.out}
 

@@ -30,7 +30,8 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
     config = load_dictionary(run_dir)[1].override(changes or {})
     cluster = config.cluster
     require(cluster.cpus_per_model, cluster.gpus_per_model, "evaluation")
-    task = ray.remote(_measure).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
+    name = f"evaluate {files.name(run_dir)}"  # as the dashboard shows it
+    task = ray.remote(_measure).options(name=name, num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
     return ray.get(task.remote(run_dir, config))
 
 

@@ -34,6 +34,7 @@ def connect() -> None:
         return
     # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of training runs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should …
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

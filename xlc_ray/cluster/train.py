@@ -19,6 +19,7 @@ from xlc_ray import files
 from xlc_ray.activations.store import Store, open_store
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.data import replica_batches
+from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.config import Config, UserError
@@ -46,7 +47,7 @@ def train(config: Config) -> dict[str, Any]:
     if step != config.train.steps:
         if config.source.verify:
             data.verify()
-        with _Watch(config, step or 0):
+        with driving(config.out), _Watch(config, step or 0):
             _fit(config)
     return {**logs.read(config.out)[-1], "out": config.out}
 
@@ -124,7 +125,7 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     shards = Shards.of_world(config.cluster.tensor_parallel, device.type)
     data = open_store(config.source.path)
-    gauges = Gauges(files.name(config.out))
+    gauges = Gauges(files.name(config.out), rank=ray.train.get_context().get_world_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
@@ -137,7 +138,7 @@ def _worker(settings: dict[str, Any]) -> None:
         # is ours, so that any number of ranks can read it, with or without Ray.
         ray.train.report(metrics | {"step": step})
 
-    loop.train_rank(config, data, shards, reader, device, gauges.set if leader else lambda _: None, saved)
+    loop.train_rank(config, data, shards, reader, device, gauges.set if leader else lambda _: gauges.set({}), saved)
 
 
 class _Watch:
@@ -165,9 +166,8 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        lines = logs.read(self.config.out)
-        if lines and lines[-1]["step"] > self.step:
-            m = lines[-1]
+        m = logs.last(self.config.out)
+        if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
             if "kl" in m:

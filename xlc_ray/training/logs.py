@@ -9,6 +9,8 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError
 
 FILE = "metrics.jsonl"
+TAIL_BYTES = 2**18
+"""More than the longest line: a thousand groups take 30 kB."""
 
 
 class Log:
@@ -35,11 +37,22 @@ def read(run_dir: str) -> list[dict[str, Any]]:
     path = files.join(run_dir, FILE)
     if not files.exists(path):
         return []
-    lines: dict[int, dict[str, Any]] = {}
+    lines: list[dict[str, Any]] = []
     for text in files.read_bytes(path).decode().splitlines():
         line = json.loads(text)
-        lines = {step: old for step, old in lines.items() if step < line["step"]} | {line["step"]: line}
-    return list(lines.values())
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def last(run_dir: str) -> dict[str, Any] | None:
+    """The newest line, which costs the same however long the run is. A line that is being written does not count."""
+    path = files.join(run_dir, FILE)
+    if not files.exists(path):
+        return None
+    whole = files.tail(path, TAIL_BYTES).rpartition(b"\n")[0]
+    return json.loads(whole.rpartition(b"\n")[2]) if whole else None
 
 
 def _start_wandb(config: Config):

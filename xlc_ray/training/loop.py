@@ -117,18 +117,23 @@ def _differences(before: Config, now: Config) -> tuple[str, Any, Any] | None:
 
 @dataclass
 class Clock:
-    """Tokens per second, and the share of time spent waiting for data, since the last look."""
+    """Tokens per second, time of a step, and the share of time spent waiting for data, since the last look."""
 
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     tokens: int = 0
+    steps: int = 0
 
     def read(self) -> dict[str, float]:
         """Rates since the last call."""
         now = time.perf_counter()
         passed = max(now - self.started, 1e-9)
-        rates = {"tokens_per_s": self.tokens / passed, "data_wait": self.waited / passed}
-        self.started, self.waited, self.tokens = now, 0.0, 0
+        rates = {
+            "tokens_per_s": self.tokens / passed,
+            "step_s": passed / max(self.steps, 1),
+            "data_wait": self.waited / passed,
+        }
+        self.started, self.waited, self.tokens, self.steps = now, 0.0, 0, 0
         return rates
 
 
@@ -183,6 +188,7 @@ def _steps(
         if due and found is not None:
             found["resampled"] = resample(learner, lambda: _sample(config, learner, data))
         clock.tokens += train.batch_tokens
+        clock.steps += 1
         if found is not None:
             metrics = {"step": learner.step, "tokens": learner.step * train.batch_tokens, **found, **clock.read()}
             if log:
