@@ -35,7 +35,7 @@ def soak(minutes: float) -> dict:
     """Train for so many minutes after the first step. Returns, in MB, what each process had then and at the end."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {
-            "train.steps": 1_000_000_000,
+            "train.steps": 2_000_000,  # more than an hour makes
             "train.log_every": 10,
             "train.checkpoint_every": 50,
             "cluster.tensor_parallel": 2,

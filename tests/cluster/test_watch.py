@@ -63,7 +63,7 @@ def test_a_plain_run_is_seen_followed_and_interrupted(head, long_run, tmp_path):
 
     table = monitor.report(str(shelf))
     assert f"jobs of {head.dashboard}" in table
-    assert "jobs/train.py --config" in table.split("jobs of")[1]
+    assert "python jobs/train.py --config" in table.split("jobs of")[1]
     until(lambda: "train " in (tmp_path / "printed").read_text())
     lines = list(control.log_lines(row(shelf, "plain"), lambda: False))
     assert lines[0] == f"==> {tmp_path / 'printed'} <=="
@@ -75,6 +75,7 @@ def test_a_plain_run_is_seen_followed_and_interrupted(head, long_run, tmp_path):
     kept = checkpoint.steps(str(shelf / "plain"))[-1]
     assert done.stdout == f"plain: stopped (process {process.pid}); the same command goes on from step {kept:,}\n"
     assert process.wait(timeout=60) == 130
+    assert "INFO" not in (tmp_path / "printed").read_text()  # Ray's remarks stay in its logs
     assert row(shelf, "plain").state == driver.read(str(shelf / "plain")).outcome == "interrupted"
 
 

@@ -29,6 +29,7 @@ from xlc_ray.progress import duration
 CONNECT_SECONDS = 2.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.3
+COMMAND_WIDTH = 60
 SUBMITTED = "SUBMISSION"
 MARKS = (":job_id:", ":actor_name:", ":task_name:")
 """Beginnings of the lines by which Ray tells whose output follows."""
@@ -57,7 +58,10 @@ def job_lines(jobs: JobSubmissionClient, most: int) -> list[str]:
         end = (job.end_time or 1000 * time.time()) if job.start_time else 0
         took = duration((end - (job.start_time or 0)) / 1000) if end else ""
         name = job.submission_id or job.job_id or ""
-        lines.append(f"{name:<24}  {job.status.value.lower():<10}{took:>9}  {job.entrypoint}")
+        program, _, words = job.entrypoint.partition(" ")
+        command = f"{os.path.basename(program)} {words}"
+        shown = command if len(command) <= COMMAND_WIDTH else f"{command[: COMMAND_WIDTH - 1]}…"
+        lines.append(f"{name:<24}  {job.status.value.lower():<10}{took:>9}  {shown}")
     return lines or ["none"]
 
 

@@ -4,6 +4,7 @@ shares nothing with the job but the directory, finds the process, its cluster an
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import socket
@@ -63,7 +64,8 @@ class Driver(BaseModel):
 @contextmanager
 def driving(directory: str) -> Iterator[None]:
     """Write that this process drives what lies in a directory, and at the end how that ended. Ray is connected."""
-    found: Any = ray.init(ignore_reinit_error=True)  # the cluster that this process is in
+    # The cluster that this process is in; the level stays that of session.connect.
+    found: Any = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
     driver = Driver(
         host=socket.gethostname(),
         pid=os.getpid(),
