@@ -1,4 +1,4 @@
-"""Train without pause for a while, and look whether memory grows: python tests/cluster/soak.py --minutes 60
+"""Train without pause for a while, and look whether memory grows: python -m tests.cluster.soak --minutes 60
 
 Two ranks of a tiny run, on stored activations, with a line of metrics and a checkpoint every few steps, which does as
 often in an hour what a real run does in weeks. Samples are what the ranks publish as `ray_xlc_memory_bytes`, and the
