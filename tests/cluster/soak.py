@@ -1,4 +1,4 @@
-"""Train without pause for a while, and look whether memory grows: python tests/cluster/soak.py --minutes 60
+"""Train without pause for a while, and look whether memory grows: python -m tests.cluster.soak --minutes 60
 
 Two ranks of a tiny run, on stored activations, with a line of metrics and a checkpoint every few steps, which does as
 often in an hour what a real run does in weeks. Samples are what the ranks publish as `ray_xlc_memory_bytes`, and the
@@ -57,20 +57,19 @@ def soak(minutes: float) -> dict:
 
 def _sample(out: str, seconds: float, samples: dict[str, list[float]]) -> None:
     """Sample until the time is over, then interrupt the run as Ctrl-C would."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    while not logs.last(out):
-        time.sleep(SAMPLE_SECONDS)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = {
-            f"rank {rank}": value
-            for (name, rank), (value, _) in scraped(port, "run").items()
-            if rank and name == "memory_bytes"
-        }
-        for who, value in (found | {"driver": resident_bytes()}).items():
-            samples.setdefault(who, []).append(value / 1e6)
-        time.sleep(SAMPLE_SECONDS)
-    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        port = ray.nodes()[0]["MetricsExportPort"]
+        while not logs.last(out):
+            time.sleep(SAMPLE_SECONDS)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            published = scraped(port, "run").items()
+            found = {f"rank {rank}": value for (name, rank), (value, _) in published if name == "memory_bytes"}
+            for who, value in (found | {"driver": resident_bytes()}).items():
+                samples.setdefault(who, []).append(value / 1e6)
+            time.sleep(SAMPLE_SECONDS)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _growth(mb: list[float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ SITES = {f"resid_post.{layer}": 2 for layer in range(LAYERS)}
 
 @pytest.mark.cluster
 def test_a_minute_of_training_does_not_grow():
-    script = [sys.executable, "tests/cluster/soak.py", "--minutes", "1"]
+    script = [sys.executable, "-m", "tests.cluster.soak", "--minutes", "1"]
     env = {**os.environ, "PYTHONPATH": ROOT, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
