@@ -77,9 +77,11 @@ def test_text_to_report(folder, settings):
     assert code == 0, err
     assert "step 300:" in out
 
-    code, out, err = finish(job("evaluate", "--run", f"{folder}/run", "--evaluate.windows=8"))
+    code, out, err = finish(job("evaluate", "--run", f"{folder}/run", "--evaluate.windows=8", "--evaluate.workers=2",
+                                "--evaluate.ablate_features=2"))  # fmt: skip
     assert code == 0, err
     found = json.loads((folder / "run/eval.json").read_text())
+    assert len(found["ablated_features"]) == 2
     assert found["explained_variance"] > 0.5
     assert found["ce_recovered"] > 0.5
     assert 5 < found["l0"] < 40

@@ -269,6 +269,8 @@ class Evaluate(Settings):
     """Windows in one forward pass."""
     ablate_features: Annotated[int, Field(ge=0)] = 0
     """Active features, drawn at random, whose single effect on the cross-entropy is measured; 0 = none."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Ray tasks that share the rows and windows; each takes what a language-model actor does."""
 
 
 class Cluster(Settings):

@@ -115,14 +115,18 @@ def wiring_from(plain: dict[str, Any]) -> Wiring:
     return Wiring(plain["widths"], reads, writes, plain["skip"], tied)
 
 
-def load_dictionary(run_dir: str) -> tuple[Dictionary, Config]:
-    """The whole dictionary of a run's newest checkpoint, on the CPU in inference form, and the run's settings."""
+def load_dictionary(run_dir: str, step: int | None = None) -> tuple[Dictionary, Config]:
+    """The whole dictionary of a run's checkpoint at `step` (None: the newest), on the CPU in inference form, and the
+    run's settings. Raises UserError where there is no such checkpoint."""
     if not (found := steps(run_dir)):
         raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise UserError(f"{run_dir}: no complete checkpoint of step {step}; there are: {', '.join(map(str, found))}")
     config = load_config_text(files.read_bytes(files.join(run_dir, "config.yaml")), f"{run_dir}/config.yaml")
-    wiring = wiring_from(facts(run_dir, found[-1])["wiring"])
+    wiring = wiring_from(facts(run_dir, step)["wiring"])
     dictionary = build(config.dictionary, wiring, config.seed, Shards())
     if config.train.precision == "float64":
         dictionary.double()
-    load(run_dir, found[-1], dictionary_tensors(dictionary))
+    load(run_dir, step, dictionary_tensors(dictionary))
     return dictionary.float().eval(), config
