@@ -197,21 +197,6 @@ def modified(path: str) -> float:
     return fs.modified(inner).timestamp()
 
 
-def tail(path: str, size: int) -> bytes:
-    """The last `size` bytes of a file, or all of a smaller one."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
-    end = fs.size(inner)
-    return fs.cat_file(inner, start=max(0, end - size), end=end)
-
-
-def modified(path: str) -> float:
-    """When a file was last written, in seconds since 1970."""
-    fs, inner = filesystem(path)
-    fs.invalidate_cache()
-    return fs.modified(inner).timestamp()
-
-
 def read_json(path: str) -> Any:
     """The JSON in a file."""
     return json.loads(read_bytes(path))

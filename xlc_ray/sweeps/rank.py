@@ -78,9 +78,9 @@ class TrialRank:
         windows = held_out_windows(self.held_out, settings.batch_windows, settings.windows, self.device)
         dictionary.eval()
         if isinstance(self.models, ModelPair):
-            found = evaluate_pair(dictionary, self.models, windows)["all"]
+            found = evaluate_pair(dictionary, self.models, windows).compute()["all"]
         else:
-            found = evaluate_replacement(dictionary, self.models, windows)["all"]
+            found = evaluate_replacement(dictionary, self.models, windows).compute()["all"]
         dictionary.train()
         return {name: found[name] for name in PREDICTED}
 
