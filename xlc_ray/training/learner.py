@@ -230,14 +230,15 @@ class Learner:
         for name, p in self.parameters.items():
             optimizers.put(self.optimizer, p, moments[name])
 
-    def save(self, run_dir: str) -> None:
-        """Write a checkpoint of this step (all ranks)."""
+    def save(self, run_dir: str, background: checkpoint.Background | None = None) -> None:
+        """Write a checkpoint of this step (all ranks); with `background` while training goes on, from a copy."""
         facts = {
             "tokens": self.step * self.config.train.batch_tokens,
             "wiring": checkpoint.describe(self.dictionary.wiring),
         }
         moments = self._moments()
-        checkpoint.save(run_dir, self.step, self.state(moments), facts, self.config.train.keep)
+        keep, tensors = self.config.train.keep, self.state(moments)
+        checkpoint.save(run_dir, self.step, tensors, facts, keep, self.shards, background)
         self._take(moments)
 
     def resume(self, run_dir: str, step: int) -> None:
@@ -245,7 +246,7 @@ class Learner:
         if "converted_from" in checkpoint.facts(run_dir, step):
             raise UserError(f"{run_dir}: a converted dictionary, without an optimizer's state; choose another --out")
         moments = self._moments()
-        checkpoint.load(run_dir, step, self.state(moments))
+        checkpoint.load(run_dir, step, self.state(moments), self.shards)
         self._take(moments)
         self.step = step
         dead = torch.stack([mask.sum() for mask in self.dead_masks()])

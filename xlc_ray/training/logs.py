@@ -35,11 +35,13 @@ def read(run_dir: str) -> list[dict[str, Any]]:
     path = files.join(run_dir, FILE)
     if not files.exists(path):
         return []
-    lines: dict[int, dict[str, Any]] = {}
+    lines: list[dict[str, Any]] = []
     for text in files.read_bytes(path).decode().splitlines():
         line = json.loads(text)
-        lines = {step: old for step, old in lines.items() if step < line["step"]} | {line["step"]: line}
-    return list(lines.values())
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
 
 
 def _start_wandb(config: Config):

@@ -21,6 +21,7 @@ from xlc_ray.training.feed import shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
+from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
 Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
@@ -33,6 +34,7 @@ FREE = (
     "generate",
     "train.log_every",
     "train.checkpoint_every",
+    "train.async_checkpoints",
     "train.keep",
     "train.wandb",
 )
@@ -136,12 +138,11 @@ def train_rank(
     reader: Reader,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
-    saved: Callable[[int, dict[str, Any]], None],
+    saved: Saved,
 ) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one. Returns the last metrics.
 
-    Every rank calls `announce` with each line of metrics, and `saved` with the step and the newest metrics when a
-    checkpoint is complete.
+    Every rank calls `announce` with each line of metrics, and `saved` when a checkpoint is complete.
     """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
@@ -157,14 +158,22 @@ def train_rank(
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:
-        return _steps(config, learner, data, reader, device, log, announce, saved)
+        with Saving(learner, saved) as saving:
+            return _steps(config, learner, data, reader, device, log, announce, saving)
     finally:
         if log:
             log.close()
 
 
 def _steps(
-    config: Config, learner: Learner, data: store.Store, reader: Reader, device, log: Log | None, announce, saved
+    config: Config,
+    learner: Learner,
+    data: store.Store,
+    reader: Reader,
+    device: torch.device,
+    log: Log | None,
+    announce: Callable[[dict[str, Any]], None],
+    saving: Saving,
 ) -> dict[str, Any]:
     train, first = config.train, learner.step
     steps = _each_step(config, learner, data, reader, device)
@@ -186,8 +195,9 @@ def _steps(
                 log.write(metrics)
             announce(metrics)
         if last or learner.step % train.checkpoint_every == 0:
-            learner.save(config.out)
-            saved(learner.step, metrics)
+            saving.save(metrics)
+        saving.check()
+    saving.finish()
     return metrics
 
 
