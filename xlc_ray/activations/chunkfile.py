@@ -49,9 +49,14 @@ def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
 
 def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A stored array as a float32 tensor."""
+    return as_tensor(array, dtype).float()
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A stored array as a tensor of the type that it holds, of the same memory if that may be written to."""
     assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
-    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).float()
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def dataset_name(site: str) -> str:

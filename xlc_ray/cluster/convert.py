@@ -74,4 +74,5 @@ def _save(run_dir: str, config: Config, dictionary: Dictionary) -> None:
     facts = checkpoint.facts(run_dir, step) | {"converted_from": run_dir}
     facts.pop("step")
     dictionary.to(torch.float64 if config.train.precision == "float64" else torch.float32)
-    checkpoint.save(config.out, step, checkpoint.dictionary_tensors(dictionary), facts, config.train.keep)
+    tensors = checkpoint.dictionary_tensors(dictionary)
+    checkpoint.save(config.out, step, tensors, facts, config.train.keep, dictionary.shards)

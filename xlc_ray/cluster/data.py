@@ -45,7 +45,7 @@ def replica_batches(
     replica: int = 0,
     replicas: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of global batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}.
+    """A replica's share of global batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]}.
 
     Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.

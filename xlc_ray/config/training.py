@@ -250,6 +250,9 @@ class Train(Settings):
     """Steps between lines of metrics."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     """Steps between checkpoints; one is always written at the end."""
+    async_checkpoints: bool = True
+    """Train on while a checkpoint is written, from a copy that takes 12 bytes of host memory for each of a rank's
+    parameters; false: wait."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
     wandb: Wandb | None = None

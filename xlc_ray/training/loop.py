@@ -21,6 +21,7 @@ from xlc_ray.training.feed import shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
+from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
 Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
@@ -35,6 +36,7 @@ FREE = (
     "source.token_env",
     "train.log_every",
     "train.checkpoint_every",
+    "train.async_checkpoints",
     "train.keep",
     "train.wandb",
 )
@@ -146,13 +148,13 @@ def train_rank(
     reader: Reader,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
-    saved: Callable[[int, dict[str, Any]], None],
+    saved: Saved,
     stepped: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one. Returns the last metrics.
 
-    Every rank calls `announce` with each line of metrics, `saved` with the step and the newest metrics when a
-    checkpoint is complete, and `stepped` with the number of each step made.
+    Every rank calls `announce` with each line of metrics, `saved` when a checkpoint is complete, and `stepped` with the
+    number of each step made.
     """
     *_, last = train_in_parts(config, data, shards, reader, device, announce, saved, (), stepped)
     return last
@@ -165,14 +167,14 @@ def train_in_parts(
     reader: Reader,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
-    saved: Callable[[int, dict[str, Any]], None],
+    saved: Saved,
     stops: Collection[int],
     stepped: Callable[[int], None] = lambda step: None,
     more: Callable[[Dictionary], dict[str, Any]] = lambda dictionary: {},
 ) -> Generator[dict[str, Any], None, None]:
     """Likewise, one part at a time: the metrics after each of the steps `stops` that are left, and after the last.
 
-    There `more`, called by every rank, adds to the metrics, and a checkpoint is written. Close it to stop training.
+    There `more`, called by every rank, adds to the metrics, and a checkpoint is complete. Close it to stop training.
     """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
@@ -188,7 +190,8 @@ def train_in_parts(
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:
-        yield from _steps(config, learner, data, reader, device, log, announce, saved, stops, stepped, more)
+        with Saving(learner, saved) as saving:
+            yield from _steps(config, learner, data, reader, device, log, announce, saving, stops, stepped, more)
     finally:
         if log:
             log.close()
@@ -199,13 +202,13 @@ def _steps(
     learner: Learner,
     data: store.Store,
     reader: Reader,
-    device,
+    device: torch.device,
     log: Log | None,
-    announce,
-    saved,
+    announce: Callable[[dict[str, Any]], None],
+    saving: Saving,
     stops: Collection[int],
-    stepped,
-    more,
+    stepped: Callable[[int], None],
+    more: Callable[[Dictionary], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     train, first = config.train, learner.step
     steps = _each_step(config, learner, data, reader, device)
@@ -232,10 +235,12 @@ def _steps(
                 log.write(metrics)
             announce(metrics)
         if stop or learner.step % train.checkpoint_every == 0:
-            learner.save(config.out)
-            saved(learner.step, metrics)
+            saving.save(metrics)
+        saving.check()
         if stop and not last:
+            saving.finish()
             yield metrics
+    saving.finish()
     yield metrics
 
 
