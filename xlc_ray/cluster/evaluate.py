@@ -38,7 +38,8 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
     cpus, gpus, workers = config.cluster.cpus_per_model, config.cluster.gpus_per_model, config.evaluate.workers
     # Tasks wait for one another where the cluster holds fewer at a time: it must hold one.
     require(cpus, gpus, "evaluation")
-    measure, ablate = (ray.remote(each).options(num_cpus=cpus, num_gpus=gpus) for each in (_measure, _ablate))
+    measure = ray.remote(_measure).options(num_cpus=cpus, num_gpus=gpus)
+    ablate = ray.remote(_ablate).options(num_cpus=cpus, num_gpus=gpus)
     shares = [Share(n, workers) for n in range(workers)]
     sums, *others = ray.get([measure.remote(run_dir, step, config, share) for share in shares])
     for other in others:
