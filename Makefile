@@ -1,12 +1,12 @@
 # What people and CI type. `make install` is the first step of every other target, and is done once. Tests run in two
-# processes, a file in one of them.
+# processes: see tests/conftest.py.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -ra -n $(PROCESSES) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -ra -n $(PROCESSES) --dist loadgroup
 
 .PHONY: help install demo test test-slow check format schema clean
 
