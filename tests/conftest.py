@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one process runs: a file, whose tests share fixtures, and all that need Ray, as two clusters on a machine are
+    """What one process runs: a file, whose tests share fixtures; all that need Ray, as two clusters on a machine are
     taken for each other."""
     for item in items:
         group = "cluster" if item.path.parent.name == "cluster" else str(item.path)
