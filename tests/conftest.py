@@ -13,6 +13,7 @@ jaxtyping.install_import_hook("xlc_ray.dictionary", "beartype.beartype")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one process runs: a file, whose tests share fixtures; all that need Ray, as two clusters on a machine are
     taken for each other."""
