@@ -145,7 +145,7 @@ def head():
     """`ray start` in a process group of its own. Not ended by `ray stop`, which ends every Ray of the machine, this
     process's too."""
     address, sockets = "http://127.0.0.1:8299", tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
-    ports = ["--port=6399", "--dashboard-port=8299", "--ray-client-server-port=10099"]
+    ports = ["--port=6399", "--dashboard-port=8299", "--ray-client-server-port=26399"]
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={sockets}", *ports],
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
