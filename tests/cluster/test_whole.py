@@ -141,14 +141,14 @@ def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path)
 
 
 @pytest.fixture
-def head():
+def head(tmp_path):
     """`ray start` in a process group of its own. Not ended by `ray stop`, which ends every Ray of the machine, this
-    process's too."""
+    process's too. Jobs have its environment."""
     address, sockets = "http://127.0.0.1:8299", tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
     ports = ["--port=6399", "--dashboard-port=8299", "--ray-client-server-port=26399"]
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={sockets}", *ports],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(tmp_path / "root")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -167,7 +167,7 @@ def head():
 
 def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings, tmp_path):
     """`ray job submit --working-dir .`: relative paths would vanish with the copy, so they go below $XLC_ROOT."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(tmp_path / "root")}
+    env = os.environ | {"RAY_AUTH_MODE": "disabled"}
     small = [w for w in settings if not w.startswith(("--out", "--source"))]
 
     def submit(*words):
