@@ -30,19 +30,22 @@ class Head:
     dashboard: str
     address: str
     metrics_port: int
+    root: Path
+    """$XLC_ROOT of its jobs."""
 
 
 @pytest.fixture(scope="module")
-def head():
+def head(tmp_path_factory):
     """`ray start` in a process group of its own. Not ended by `ray stop`, which ends every Ray of the machine, this
-    process's too."""
+    process's too. Jobs have its environment."""
+    root = tmp_path_factory.mktemp("root")
     port, dashboard, client, metrics = _free_ports(4)
     url, sockets = f"http://127.0.0.1:{dashboard}", tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     ports.append(f"--metrics-export-port={metrics}")
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={sockets}", *ports],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -53,7 +56,7 @@ def head():
         with suppress(OSError), urllib.request.urlopen(f"{url}/api/version"):
             break
         time.sleep(1)
-    yield Head(url, f"127.0.0.1:{port}", metrics)
+    yield Head(url, f"127.0.0.1:{port}", metrics, root)
     process.terminate()  # `--block` ends what it started
     process.communicate(timeout=60)
     shutil.rmtree(sockets, ignore_errors=True)

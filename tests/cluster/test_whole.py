@@ -137,9 +137,9 @@ def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path)
     assert "Traceback" not in err
 
 
-def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings, tmp_path):
+def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings):
     """`ray job submit --working-dir .`: relative paths would vanish with the copy, so they go below $XLC_ROOT."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(tmp_path / "root")}
+    env = os.environ | {"RAY_AUTH_MODE": "disabled"}
     small = [w for w in settings if not w.startswith(("--out", "--source"))]
 
     def submit(*words):
@@ -151,8 +151,8 @@ def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings, tmp_path
 
     done = submit("--train.lr=3e-4")
     assert done.returncode == 0, done.stdout
-    assert (tmp_path / "root/runs/quickstart/checkpoints/step_300/complete.json").exists()
-    assert "lr: 0.0003" in (tmp_path / "root/runs/quickstart/config.yaml").read_text()
+    assert (head.root / "runs/quickstart/checkpoints/step_300/complete.json").exists()
+    assert "lr: 0.0003" in (head.root / "runs/quickstart/config.yaml").read_text()
     bad = submit("--train.steps=x")
     assert bad.returncode != 0
     assert "train.steps: 'x'" in bad.stdout
