@@ -1,9 +1,12 @@
-# What people and CI type. `make install` is the first step of every other target, and is done once.
+# What people and CI type. `make install` is the first step of every other target, and is done once. Tests run in two
+# processes, a file in one of them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -ra -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-slow check format schema clean
 
@@ -26,15 +29,13 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: install
-	$(BIN)/python jobs/generate.py --config configs/quickstart.yaml
-	$(BIN)/python jobs/train.py --config configs/quickstart.yaml
-	$(BIN)/python jobs/evaluate.py --run runs/quickstart
+	$(BIN)/python jobs/run.py --config configs/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -ra
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow -ra
+	$(PYTEST) -m slow
 
 check: install
 	$(BIN)/ruff format --check .
@@ -48,6 +49,7 @@ format: install
 
 schema: install
 	$(BIN)/python -m xlc_ray.config.schema > configs/schema.json
+	$(BIN)/python -m xlc_ray.config.schema sweep > configs/sweeps/schema.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,21 +1,22 @@
-"""Make of a TopK or BatchTopK run a JumpReLU run of the same l0: a table, and a run directory with conversion.json.
+"""Make of a TopK or BatchTopK run a JumpReLU run of the same l0: a table, and a run directory with conversion.json."""
 
---out DIR, --per-feature (a threshold a feature from what it kept), --target-l0 X, --tolerance T, --fold (norms folded).
-"""
-
-import argparse
-import sys
+from argparse import SUPPRESS
 
 from xlc_ray.cluster import cli
 from xlc_ray.cluster.convert import convert
 from xlc_ray.evaluation.convert import conversion_table
 
+options = cli.Options()
+options.add_argument("--out", default="", metavar="DIR", help="a new directory")
+options.add_argument("--per-feature", action="store_true", help="a threshold a feature, from what it kept")
+options.add_argument("--fold", action="store_true", help="decoder norms folded")
+options.add_argument("--target-l0", type=float, default=SUPPRESS, metavar="X", help="another l0 than the run's")
+options.add_argument("--tolerance", type=float, default=SUPPRESS, metavar="T", help="of l0, relative")
+
+
+def main(run: str, changes: dict, **how) -> None:
+    print(conversion_table(convert(run, changes=changes, **how)))
+
+
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--out", default="")
-    for flag in ("--per-feature", "--fold"):
-        options.add_argument(flag, action="store_true")
-    for number in ("--target-l0", "--tolerance"):
-        options.add_argument(number, type=float)
-    own, sys.argv[1:] = options.parse_known_args()
-    cli.run_on(lambda run, changes: print(conversion_table(convert(run, changes=changes, **vars(own)))), __doc__)
+    cli.run_on(main, __doc__, options)

@@ -14,9 +14,9 @@ options.add_argument("--out", required=True, metavar="DIR", help="a new director
 options.add_argument("--push-to-hub", metavar="USER/NAME", help="also publish it there; needs a token")
 
 
-def main(given) -> None:
-    out = given.out if is_url(given.out) else str(output_root() / Path(local(given.out)).expanduser())
-    print(export(run_path(given.run), given.format, out, given.push_to_hub))
+def main(run, format, out, push_to_hub) -> None:
+    out = out if is_url(out) else str(output_root() / Path(local(out)).expanduser())
+    print(export(run_path(run), format, out, push_to_hub))
 
 
 if __name__ == "__main__":

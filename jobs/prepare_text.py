@@ -14,9 +14,9 @@ options.add_argument("--strict", action="store_true", help="with the slips of th
 options.add_argument("--push-to-hub", metavar="USER/NAME", help="also publish it there; needs a token")
 
 
-def main(given) -> None:
-    out = str(output_root() / Path(given.out).expanduser())
-    made = medical.prepare(out, given.sources.split(","), dict(given.source), given.strict, given.push_to_hub)
+def main(out, sources, source, strict, push_to_hub) -> None:
+    out = str(output_root() / Path(out).expanduser())
+    made = medical.prepare(out, sources.split(","), dict(source), strict, push_to_hub)
     print("\n".join(f"{name:<28}{count:>9,}" for name, count in made.items()))
     print(f"{sum(made.values()):,} documents at {out}")
 

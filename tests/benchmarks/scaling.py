@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks import ranks, step, timing, variants
+from tests.benchmarks import ranks, results, step, timing, variants
 from xlc_ray.dictionary.shards import Shards
 from xlc_ray.training import plan
 from xlc_ray.training.learner import Learner
@@ -43,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--axes", default=",".join(AXES), help="which to walk")
     for axis, points in AXES.items():
         p.add_argument(f"--{axis}-points", type=int, nargs="+", default=points, metavar="N")
-    p.add_argument("--json", metavar="FILE", help="write the results")
+    results.option(p)
     own, rest = p.parse_known_args(argv)
     own.axes = [axis for axis in AXES if axis in own.axes.split(",")]
     if not own.axes:
@@ -132,9 +131,7 @@ def main() -> None:
     """Measure, print, write."""
     own = arguments()
     found = run(own)
-    print(table(found))
-    if own.json:
-        Path(own.json).write_text(json.dumps(found, indent=1) + "\n")
+    results.deliver(found, table(found), own.json)
 
 
 if __name__ == "__main__":

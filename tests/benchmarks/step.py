@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import statistics
 import sys
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks import ranks, timing, variants
+from tests.benchmarks import ranks, results, timing, variants
 from xlc_ray.dictionary.shards import Shards
 from xlc_ray.training import machine, plan
 from xlc_ray.training.learner import Learner
@@ -49,7 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--variants", default=",".join(NAMES), help="which to run")
     p.add_argument("--compile", action="store_true", help="torch.compile the dense variant")
     p.add_argument("--no-memory", action="store_true", help="start no processes to measure peak memory")
-    p.add_argument("--json", metavar="FILE", help="write the results; - for standard output")
+    results.option(p)
     o = p.parse_args(argv)
     o.variants = [name for name in NAMES if name in o.variants.split(",")]
     numbers = (o.layers, o.width, o.features, o.batch, o.k, o.tp, o.threads, o.repeats)
@@ -124,7 +123,7 @@ def _results(o, dtype: str, rates, work, together: bool, found: dict, alone: dic
     seconds, main = found["seconds"], "engine" if "engine" in o.variants else o.variants[-1]
     median = {name: statistics.median(each) for name, each in seconds.items()}
     ideal = plan.roofline(work, rates, dtype, o.tp)
-    results: dict[str, Any] = {
+    report: dict[str, Any] = {
         "shape": {key: getattr(o, key) for key in SHAPE} | {"dtype": dtype},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parameters": work.parameters,
@@ -146,9 +145,9 @@ def _results(o, dtype: str, rates, work, together: bool, found: dict, alone: dic
     for other in ("naive", "dense"):
         if other in seconds and "engine" in seconds:
             spread = timing.ratio(seconds[other], seconds["engine"])
-            results[f"speedup_over_{other}"] = spread["median"]
-            results[f"speedup_over_{other}_spread"] = [spread["min"], spread["max"]]
-    return results
+            report[f"speedup_over_{other}"] = spread["median"]
+            report[f"speedup_over_{other}_spread"] = [spread["min"], spread["max"]]
+    return report
 
 
 def table(r: dict[str, Any]) -> str:
@@ -182,13 +181,8 @@ def table(r: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, write."""
     o = arguments()
-    results = run(o)
-    if o.json == "-":
-        print(json.dumps(results))
-        return
-    print(table(results))
-    if o.json:
-        Path(o.json).write_text(json.dumps(results, indent=1) + "\n")
+    found = run(o)
+    results.deliver(found, table(found), o.json)
 
 
 if __name__ == "__main__":

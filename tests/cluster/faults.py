@@ -63,7 +63,7 @@ class Stage:
             "cluster.cpus_per_worker": 0.6,
             "cluster.hang_timeout_s": 120.0,
         }
-        self.settings = settings_in(folder)(changes)
+        self.settings = settings_in(folder, changes)
         self.nodes = Nodes(NODES)
         self.reference = self.config("undisturbed")
         train_alone(self.reference)

@@ -38,7 +38,8 @@ def test_overrides_replace_what_stands_at_their_path():
     ],
 )
 def test_values_are_yaml_with_numbers_that_look_like_numbers(text, value):
-    found = cli.parse_value("--x", text)
+    _, changes = cli.words_of(["--config", "FILE", f"--x={text}"], "--config")
+    found = changes["x"]
     assert found == value
     assert type(found) is type(value)
 
@@ -51,7 +52,7 @@ def test_values_are_yaml_with_numbers_that_look_like_numbers(text, value):
         (["train.lr=1", "--config", QUICKSTART], "train.lr=1: expected"),
         (["--config", QUICKSTART, "--train.lr", "1"], "--train.lr: needs a value"),
         (["--config", QUICKSTART, "--train.lrr=1"], "did you mean lr?"),
-        (["--config", QUICKSTART, "--train.lr=[1"], "--train.lr: '[1' is not YAML"),
+        (["--config", QUICKSTART, "--train.lr=[1"], "--train.lr: not YAML: line 1"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
     ],
 )
@@ -105,10 +106,28 @@ def main(config):
     assert Path(last.split(": ")[1].split("/worker-*")[0]).is_dir()
 
 
+def test_a_job_has_options_beside_settings():
+    """They stand in --help, go to the job by name, and a mistake in one is a line like any other."""
+    body = """
+own = cli.Options()
+own.add_argument("--nodes", type=int, default=1, help="machines")
+def main(config, nodes):
+    print("seed", config.seed, "nodes", nodes)
+cli.run(main, "About it.", own)
+"""
+    done = [run_job(body, *words) for words in (["--help"], ["--config", QUICKSTART, "--nodes=x"])]
+    assert "--nodes" in done[0].stdout
+    assert "machines" in done[0].stdout
+    assert (done[1].returncode, done[1].stderr.count("\n")) == (2, 1)
+    assert done[1].stderr.startswith("error: argument --nodes: invalid int value: 'x'")
+    given = run_job(body, "--config", QUICKSTART, "--nodes", "3", "--seed=2")
+    assert given.stdout == "seed 2 nodes 3\n"
+
+
 def test_help_explains_itself_without_a_config():
     done = run_job("main = print", "--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("About it.", "usage:", "--config", "dictionary", "cluster"))
-    section = cli.help_text(["--help", "train"], "About it.", "--config")
+    section = cli.help_text(["--help", "train"], "About it.", "--config", cli.Options())
     assert "--train.lr (required): Peak learning rate." in section
     assert "--train.loss.sparsity.coefficient" in section

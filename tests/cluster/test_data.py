@@ -53,7 +53,7 @@ def assert_same(found, expected):
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
-        assert all(one[site].dtype == torch.float32 and torch.equal(one[site], other[site]) for site in one)
+        assert all(one[site].dtype == torch.bfloat16 and torch.equal(one[site], other[site]) for site in one)
 
 
 def test_pipeline_equals_the_in_process_reader_over_epochs_and_pipelines(cluster, activations, monkeypatch):
@@ -71,6 +71,14 @@ def test_start_in_the_middle_with_replicas_that_share_each_batch(cluster, activa
         assert_same(shares[replica], source.batches(*args, replica, 2))
     rejoined = [{site: torch.cat([a[site], b[site]]) for site in SITES} for a, b in zip(*shares, strict=True)]
     assert_same(rejoined, whole)
+
+
+def test_a_run_without_an_end_begins(cluster, activations):
+    """What is read later is not listed before: it would take all memory."""
+    batches = data.replica_batches(activations, order_of(activations), SITES, BATCH, 0, 10**9)
+    first = next(iter(batches))
+    batches.close()
+    assert_same([first], source.batches(activations, order_of(activations), SITES, BATCH, 0, 1))
 
 
 def test_no_batches_asked_for_is_no_batches(cluster, activations):

@@ -20,7 +20,7 @@ def nodes(*cpus: float, gpus: float = 0.0) -> list[Node]:
 
 def config(**cluster):
     changes = {"train.batch_tokens": 48, "cluster.cpus_per_worker": 1}
-    return settings_in(Path("/nowhere"))(changes | {f"cluster.{key}": value for key, value in cluster.items()})
+    return settings_in(Path("/nowhere"), changes | {f"cluster.{key}": value for key, value in cluster.items()})
 
 
 def test_replicas_are_spread_or_packed_and_their_ranks_never_parted():

@@ -36,7 +36,7 @@ def dictionary(wires: Wiring, gate: dict | None = None, seed: int = 0, **changes
     noise = generator(seed + 1)
     with torch.no_grad():
         for name, p in made.named_parameters():
-            if "b_" in name or "skip" in name:
+            if "b_" in name or "r_mag" in name or "skip" in name:
                 p += 0.3 * torch.randn(p.shape, generator=noise, dtype=p.dtype)
             if "raw_threshold" in name:
                 p += 0.1 * torch.rand(p.shape, generator=noise, dtype=p.dtype)

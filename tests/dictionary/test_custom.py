@@ -64,6 +64,10 @@ def test_modules_of_the_working_directory_are_found_from_a_job(tmp_path):
         ({"path": "examples.nothing:Gate"}, "dictionary.gate.path: no module examples.nothing"),
         ({"path": "examples.own_gate:Hard"}, "dictionary.gate.path: module examples.own_gate has no 'Hard'"),
         ({"path": "examples.own_wiring:near"}, "dictionary.gate.path: examples.own_wiring:near is no subclass"),
+        (
+            {"path": "xlc_ray.dictionary.hard_concrete:Concrete"},
+            "dictionary.gate.path: xlc_ray.dictionary.hard_concrete:Concrete does not define activate, logit",
+        ),
         ({"options": {}}, "dictionary.gate.options: missing a required argument: 'start'"),
         ({"options": {"start": 1, "end": 2}}, "dictionary.gate.options: got an unexpected keyword argument 'end'"),
     ],

@@ -9,7 +9,7 @@ from tests.dictionary import make
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Features, Shards, losses, wiring
 from xlc_ray.dictionary.build import make_gate
-from xlc_ray.dictionary.dictionary import DeadFeatures
+from xlc_ray.dictionary.encoding import DeadFeatures
 
 F1 = torch.tensor([[1.0, 0.0], [2.0, 3.0]]).double()
 F2 = torch.tensor([[0.0], [0.5]]).double()

@@ -32,6 +32,13 @@ def test_rms_makes_the_mean_square_norm_the_width(center):
         assert (x.mean(dim=0).abs().max() < 1e-12) == center
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_unit_makes_the_mean_square_norm_one(center):
+    for x in applied("unit", center).values():
+        assert x.square().sum(dim=1).mean().item() == pytest.approx(1, rel=1e-12)
+        assert (x.mean(dim=0).abs().max() < 1e-12) == center
+
+
 def test_mean_norm_makes_the_mean_norm_the_root_of_the_width():
     for site, x in applied("mean_norm", False).items():
         assert x.norm(dim=1).mean().item() == pytest.approx(math.sqrt(WIDTHS[site]), rel=1e-12)
@@ -76,6 +83,8 @@ def test_a_store_without_norms_and_a_constant_site_stop():
         ("rms", "clt", None, True),
         ("rms", "transcoder", None, True),
         ("rms", "sae", None, False),
+        ("unit", "clt", None, True),
+        ("unit", "sae", None, False),
         ("rms", "crosscoder", None, False),
         ("rms", "sae", True, True),
         ("rms", "clt", False, False),

@@ -47,7 +47,7 @@ def together(layout: str, folder: Path, which: str) -> tuple[list, int, dict]:
         subprocess.Popen([*command, str(r), str(world), str(tp), str(folder / "store"), str(folder), which], cwd=root)
         for r in range(world)
     ]
-    assert [p.wait(timeout=300) for p in ranks] == [0] * world
+    assert [p.wait(timeout=1200) for p in ranks] == [0] * world
     saved = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(world)]
     return [results for results, _ in saved], tp, saved[0][1]
 

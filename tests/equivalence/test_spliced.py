@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
     command = [sys.executable, "-m", "tests.equivalence.spliced"]
     root = Path(__file__).parents[2]
     started = [subprocess.Popen([*command, str(r), str(folder)], cwd=root) for r in range(2)]
-    assert [p.wait(timeout=300) for p in started] == [0, 0]
+    assert [p.wait(timeout=1200) for p in started] == [0, 0]
     return str(folder), [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(2)]
 
 

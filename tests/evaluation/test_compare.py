@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_the_same_features_permuted_and_rescaled_are_found_again():
     assert [group["writes"] for group in found["groups"]] == [["mlp_out.0", "mlp_out.1"], ["mlp_out.1"]]
     assert json.loads(json.dumps(found)) == found
     assert comparison_table(found).splitlines()[-1].split() == ["all", "1.0000", "100.0%", "1.0000", "100.0%"]
+
+
+@pytest.mark.parametrize("by", ["per_source", "per_target"])
+def test_tied_decoders_are_compared_by_what_they_write(by):
+    wires = replace(wiring.clt([0, 1], 3), tied=wiring.Tying(by, scale=True, offset=True))
+    a, b = make.dictionary(wires), make.dictionary(wiring.clt([0, 1], 3))
+    with torch.no_grad():
+        a.groups[1].feature_scale.copy_(make.random(7))
+        for g, group in enumerate(b.groups):
+            group.W_dec.copy_(torch.cat([a.decoder_rows(g, site) for site in a.wiring.writes[g]], dim=1).flip(0))
+    assert compare(a, b)["forward"] == {"mmcs": pytest.approx(1), "alike": 1.0}
 
 
 def test_cosines_by_hand_with_a_row_of_zeros_left_out():

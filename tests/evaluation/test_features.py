@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.dictionary import make
 from xlc_ray import files
 from xlc_ray.dictionary import wiring
+from xlc_ray.dictionary.fold import untie
 from xlc_ray.evaluation import evaluate_reconstruction
 from xlc_ray.evaluation.core import CoreSums, CoreWatch, core_metrics
 from xlc_ray.evaluation.features import FeatureStatistics, FeatureWatch, feature_table, write_features
@@ -65,6 +67,24 @@ def test_table_of_a_hand_made_dictionary(tmp_path):
     nothing = ("max_activation", "mean_activation", "site", "site_index", "site_share", "cosine_to_mean")
     assert all(third[name] is None for name in nothing)
     assert {row["site"] for row in rows[3:]} == {"mlp_out.1"}
+
+
+@pytest.mark.parametrize("by", ["per_source", "per_target"])
+def test_tied_decoders_have_the_table_of_the_untied_dictionary(by):
+    wires = replace(wiring.clt([0, 1, 2], 4), tied=wiring.Tying(by, scale=True, offset=False))
+    d, batch = make.dictionary(wires, features=9).eval(), make.activations(wires, 40)
+    with torch.no_grad():
+        d.write_scale.copy_(torch.arange(1.0, 13))
+        for g, group in enumerate(d.groups):
+            group.feature_scale.copy_(1 + make.random(9, seed=g))
+    tables = []
+    for one in (d, untie(d)):
+        watch = FeatureWatch.empty(one.sizes)
+        tables.append(feature_table(one, watch, evaluate_reconstruction(one, [batch], [watch]).sites))
+    for name in tables[0].column_names:
+        got, want = (table[name].to_pylist() for table in tables)
+        assert got == (want if isinstance(want[0], bool | int | str) else pytest.approx(want)), name
+    assert {row["site"] for row in tables[0].to_pylist()} == {"mlp_out.0", "mlp_out.1", "mlp_out.2"}
 
 
 def test_statistics_are_those_of_the_dense_matrix_and_merge():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests.dictionary import make
@@ -16,6 +18,8 @@ WIRINGS = {
     "transcoder": wiring.transcoders(range(LAYERS), WIDTH, skip=False),
     "skip": wiring.transcoders(range(LAYERS), WIDTH, skip=True),
     "clt": wiring.clt(range(LAYERS), WIDTH),
+    "clt_skip": replace(wiring.clt(range(LAYERS), WIDTH), skip=True),
+    "sae_skip": replace(wiring.sae(["resid_post.1"], WIDTH), skip=True),
     "acausal": wiring.crosscoder([f"resid_post.{n}" for n in range(LAYERS)], WIDTH, "acausal"),
     "weak": wiring.crosscoder([f"resid_post.{n}" for n in range(LAYERS)], WIDTH, "weak"),
     "strict": wiring.crosscoder([f"resid_post.{n}" for n in range(LAYERS)], WIDTH, "strict"),
@@ -26,6 +30,8 @@ SETTINGS = {
     "transcoder": {"kind": "transcoder"},
     "skip": {"kind": "transcoder", "skip": True},
     "clt": {"kind": "clt"},
+    "clt_skip": {"kind": "clt", "skip": True},
+    "sae_skip": {"kind": "custom", "path": "mine:sae_with_skip"},
     **{name: {"kind": "crosscoder", "causality": name} for name in ("acausal", "weak", "strict")},
 }
 GATES = {
@@ -36,6 +42,7 @@ GATES = {
     "batchtopk_by_norm": {"kind": "batchtopk", "k": 3, "threshold_start": 0, "rank_by": "decoder_norm"},
     "batchtopk_group": {"kind": "batchtopk", "k": 2, "threshold_start": 0, "pool": "group"},
     "topk_shared": {"kind": "topk", "k": 4, "threshold_start": 0},
+    "gated": {"kind": "gated"},
     "topk": {"kind": "topk", "k": 2, "pool": "group"},
     "topk_by_norm": {"kind": "topk", "k": 2, "pool": "group", "rank_by": "decoder_norm"},
 }

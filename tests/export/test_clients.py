@@ -27,9 +27,10 @@ PACKAGES = [
 ]
 CASES = [
     *(("circuit_tracer", w, g) for w in ("clt", "transcoder", "skip") for g in ("relu", "jumprelu", "batchtopk")),
-    *(("saelens", "sae", gate) for gate in ("relu", "jumprelu", "batchtopk", "topk")),
+    *(("saelens", "sae", gate) for gate in ("relu", "jumprelu", "batchtopk", "topk", "gated")),
     *(("saelens", wired, gate) for wired in ("transcoder", "skip") for gate in ("relu", "batchtopk")),
-    *(("dictionary_learning", "sae", gate) for gate in ("relu", "jumprelu", "batchtopk", "topk")),
+    ("saelens", "sae_skip", "relu"),
+    *(("dictionary_learning", "sae", gate) for gate in ("relu", "jumprelu", "batchtopk", "topk", "gated")),
 ]
 
 

@@ -23,6 +23,7 @@ CASES = [
     *(("circuit_tracer", wired, gate) for wired in ("clt", "transcoder", "skip") for gate in ("relu", *THRESHOLDED)),
     *(("saelens", *case) for case in SAE_GATES),
     *(("saelens", wired, gate) for wired in ("transcoder", "skip") for gate in ("relu", *THRESHOLDED)),
+    ("saelens", "sae_skip", "relu"),
     *(("dictionary_learning", *case) for case in SAE_GATES),
     ("dictionary_learning", "acausal", "relu"),
 ]
@@ -45,7 +46,7 @@ def test_out_and_in_again_is_the_same_dictionary(tmp_path, form, wired, gate):
     assert all(torch.equal(value, before[name]) for name, value in dictionary.state_dict().items())
 
 
-@pytest.mark.parametrize("normalization", ["none", "rms", "mean_norm", "mean_std"])
+@pytest.mark.parametrize("normalization", ["none", "rms", "unit", "mean_norm", "mean_std"])
 def test_every_normalisation_is_folded(tmp_path, normalization):
     dictionary, batch = make.trained("clt", "batchtopk", normalization)
     formats.WRITERS["circuit_tracer"](dictionary, make.config("clt", "batchtopk"), str(tmp_path))
@@ -96,6 +97,7 @@ def test_saelens_facts(tmp_path):
     ("gate", "kind"),
     [
         ("relu", "AutoEncoder"),
+        ("gated", "GatedAutoEncoder"),
         ("topk", "AutoEncoderTopK"),
         ("batchtopk", "BatchTopKSAE"),
         ("jumprelu", "JumpReluAutoEncoder"),
@@ -118,6 +120,34 @@ def test_dictionary_learnings_classes(tmp_path, gate, kind):
         torch.testing.assert_close(columns.norm(dim=0), torch.ones(7))
 
 
+def test_gated_by_hand_in_both_layouts(tmp_path):
+    dictionary, batch = make.trained("sae", "gated")
+    want, x = make.codes(dictionary, batch)[0], batch["resid_post.1"]
+    for form in ("saelens", "dictionary_learning"):
+        formats.WRITERS[form](dictionary, make.config("sae", "gated"), str(tmp_path / form))
+    s = {k: v.double() for k, v in load_file(tmp_path / "saelens" / "sae_weights.safetensors").items()}
+    assert set(s) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
+    shared = x @ s["W_enc"]
+    make.alike((shared + s["b_gate"] > 0) * (s["r_mag"].exp() * shared + s["b_mag"]).relu(), want)
+    d = {k: v.double() for k, v in torch.load(tmp_path / "dictionary_learning" / "ae.pt", weights_only=True).items()}
+    assert set(d) == {"decoder_bias", "gate_bias", "r_mag", "mag_bias", "encoder.weight", "decoder.weight"}
+    shared = (x - d["decoder_bias"]) @ d["encoder.weight"].T
+    make.alike((shared + d["gate_bias"] > 0) * (d["r_mag"].exp() * shared + d["mag_bias"]).relu(), want)
+
+
+def test_matryoshka_dictionaries_of_dictionary_learning_are_read(tmp_path):
+    dictionary, batch = make.trained("sae", "batchtopk")
+    formats.WRITERS["dictionary_learning"](dictionary, make.config("sae", "batchtopk"), str(tmp_path))
+    own = torch.load(tmp_path / "ae.pt", weights_only=True)
+    names = {"W_enc": own["encoder.weight"].T, "b_enc": own["encoder.bias"], "W_dec": own["decoder.weight"].T}
+    kept = {name: own[name] for name in ("b_dec", "k", "threshold")}
+    torch.save({**names, **kept, "group_sizes": torch.tensor([2, 5])}, tmp_path / "ae.pt")
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["trainer"]["dict_class"] = "MatryoshkaBatchTopKSAE"
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    make.same(xlc.load(str(tmp_path)), dictionary, batch)
+
+
 def test_a_decoder_row_of_zeros_stays_silent_as_a_unit_column(tmp_path):
     dictionary, batch = make.trained("sae", "relu")
     dictionary.groups[0].W_dec.data[2] = 0
@@ -133,10 +163,14 @@ REFUSED = [
     ("circuit_tracer", "weak", "relu", "wiring crosscoder.*clt and transcoder"),
     ("circuit_tracer", "strict", "relu", "wiring crosscoder"),
     ("circuit_tracer", "acausal", "relu", "dictionary_learning for acausal"),
+    ("circuit_tracer", "clt_skip", "relu", "skip connections of a clt.*skip: false"),
+    ("circuit_tracer", "clt", "gated", "no place for gated.*xlc_ray.load"),
     ("circuit_tracer", "clt", "topk", "no place for topk.*jobs/convert.py"),
     ("saelens", "clt", "relu", "wiring clt.*use circuit_tracer"),
     ("saelens", "acausal", "relu", "wiring crosscoder.*dictionary_learning"),
     ("saelens", "transcoder", "topk", "transcoders with topk; convert"),
+    ("saelens", "transcoder", "gated", "transcoders with gated; the run itself loads"),
+    ("dictionary_learning", "sae_skip", "relu", "skip connections; use saelens"),
     ("dictionary_learning", "clt", "relu", "wiring clt.*use circuit_tracer"),
     ("dictionary_learning", "strict", "relu", r"wiring crosscoder \(strict\)"),
     ("dictionary_learning", "acausal", "batchtopk", "crosscoders with batchtopk.*xlc_ray.load"),
@@ -162,7 +196,7 @@ def test_circuit_tracer_needs_every_layer(tmp_path):
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ({"kind": "gated"}, "no format here has the gate Gated"),
+        ({"kind": "gated_hard_concrete"}, "no format here has the gate GatedHardConcrete"),
         ({"kind": "hard_concrete"}, "no format here has the gate HardConcrete"),
         ({"kind": "batchtopk", "k": 3, "rank_by": "zscore"}, "no format here ranks by z-scores"),
     ],

@@ -9,10 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import xlc_ray as xlc
 from tests.activations.build import make as make_store
@@ -65,6 +69,21 @@ def test_known_answers_are_those_of_the_run(tmp_path, run):
     for n, (_, value) in enumerate(dictionary.reconstruct(batch).items()):
         make.alike(known["outputs"][n], value)
     assert torch.equal(make.codes(xlc.load(str(tmp_path / "out")), batch)[1], known["features"][1])
+
+
+def test_saelens_gets_the_densities_of_an_evaluated_run(tmp_path):
+    config = small_run_in(tmp_path)({"dictionary.wiring": {"kind": "transcoder"}, "dictionary.gate": {"kind": "relu"}})
+    train_alone(config.override({"train.steps": 1}))
+    density = np.linspace(0, 1, 48)
+    table = pa.table({"group": np.repeat([0, 1], 24), "feature": np.tile(np.arange(24), 2), "density": density})
+    pq.write_table(table, f"{config.out}/features.parquet")
+    export(config.out, "saelens", str(tmp_path / "out"), None)
+    for g, folder in enumerate(("mlp_in.0", "mlp_in.1")):
+        logs = load_file(tmp_path / "out" / folder / "sparsity.safetensors")["sparsity"]
+        make.alike(10**logs, torch.from_numpy(density[24 * g : 24 * g + 24]))
+    assert logs[-1].item() == pytest.approx(0, abs=1e-6)
+    assert load_file(tmp_path / "out" / "mlp_in.0" / "sparsity.safetensors")["sparsity"][0] == -10
+    assert xlc.load(str(tmp_path / "out")).wiring.groups == 2
 
 
 def test_load_knows_the_run_itself(run):

@@ -8,7 +8,7 @@ from tests.equivalence import cases
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Shards, losses, wiring
 from xlc_ray.dictionary.build import build
-from xlc_ray.dictionary.dictionary import DeadFeatures
+from xlc_ray.dictionary.encoding import DeadFeatures
 from xlc_ray.training import Learner
 
 CLT = wiring.clt([0, 1], 6)

@@ -6,12 +6,14 @@ import torch
 
 from tests.dictionary import make
 from tests.equivalence import cases
+from tests.runs import small_run_in
 from xlc_ray.activations.store import open_store
 from xlc_ray.config import UserError
 from xlc_ray.config.training import Resample
 from xlc_ray.dictionary import Shards, checkpoint, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.training import Diverged, Learner, logs, loop, train_alone
+from xlc_ray.training.loop import wiring_for
 from xlc_ray.training.resampling import draw, resample
 from xlc_ray.training.schedules import resampled_after, rewarmed
 
@@ -169,6 +171,25 @@ def test_unit_norm_and_tied_decoders():
     assert torch.equal(d.groups[0].feature_scale, before)  # a target's, not only this feature's
     with pytest.raises(UserError, match=r"train.resample: decoders tied per_target belong to features of all groups"):
         made.config.override({"dictionary.wiring.tied": "per_target"})
+
+
+def test_a_wiring_of_the_users_own_that_is_tied_per_target_is_refused_too(tmp_path, monkeypatch):
+    (tmp_path / "wiring_tied_per_target.py").write_text(
+        "from dataclasses import replace\n"
+        "from xlc_ray.dictionary import wiring\n"
+        "def shared(layers, width, by):\n"
+        "    return replace(wiring.clt(layers, width), tied=wiring.Tying(by, False, False))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = small_run_in(tmp_path)({"train.resample": {"every": 4, "tokens": 32}})
+    mine = {"kind": "custom", "path": "wiring_tied_per_target:shared"}
+    data = open_store(config.source.path)
+    per_source = config.override({"dictionary.wiring": {**mine, "options": {"by": "per_source"}}})
+    assert wiring_for(per_source, data).tied.by == "per_source"
+    per_target = config.override({"dictionary.wiring": {**mine, "options": {"by": "per_target"}}})
+    with pytest.raises(UserError, match=r"^train.resample: decoders tied per_target belong to features of all groups"):
+        wiring_for(per_target, data)
+    assert wiring_for(per_target.override({"train.resample": None}), data).tied.by == "per_target"
 
 
 def test_the_rate_rises_again_after_each_resampling():

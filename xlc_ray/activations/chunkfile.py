@@ -23,6 +23,7 @@ from xlc_ray import files
 from xlc_ray.activations.manifest import ChunkRecord
 from xlc_ray.activations.sites import of_base, parse
 from xlc_ray.config import UserError
+from xlc_ray.web import ServedFileSystem
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
@@ -48,9 +49,14 @@ def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
 
 def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A stored array as a float32 tensor."""
+    return as_tensor(array, dtype).float()
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A stored array as a tensor of the type that it holds, of the same memory if that may be written to."""
     assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
-    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).float()
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def dataset_name(site: str) -> str:
@@ -81,9 +87,7 @@ def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> Chunk
             offsets=offsets,
         )
         if files.is_url(directory):
-            fs, inner = files.filesystem(target)
-            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-            fs.put_file(str(partial), inner)
+            files.send(partial, target)
         else:
             partial.replace(files.local(target))
     return record
@@ -103,22 +107,19 @@ def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, int |
 
 
 def checksum(path: str) -> str:
-    """XXH3 of a file or URL, in hexadecimal."""
-    digest = xxhash.xxh3_64()
+    """XXH3 of a file or URL, in hexadecimal. Our own server is asked for it; all else is read whole."""
     fs, inner = files.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    if isinstance(fs, ServedFileSystem):
+        return fs.xxh3(inner)
 
+    def read() -> str:
+        digest = xxhash.xxh3_64()
+        with fs.open(inner, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
 
-def size(path: str) -> int | None:
-    """Bytes of a file or object; None where there is none."""
-    fs, inner = files.filesystem(path)
-    try:
-        return fs.info(inner)["size"]
-    except FileNotFoundError:
-        return None
+    return files.again(path, read)
 
 
 def scatter(

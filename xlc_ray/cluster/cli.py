@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from xlc_ray.cluster.session import log_directory
-from xlc_ray.config import Config, UserError, load_config
+from xlc_ray.config import Config, UserError, load_config, presets, yaml_text
+from xlc_ray.config.sweep import SweepConfig
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
@@ -45,44 +45,28 @@ def words_of(argv: list[str], option: str) -> tuple[str, dict[str, Any]]:
         if name == option:
             needed = value
         else:
-            overrides[name[2:]] = parse_value(name, value)
+            overrides[name[2:]] = yaml_text.parse(value, name)
     if not needed:
         raise UserError(f"{option}: missing; give {option} {NEEDED[option]}")
     return needed, overrides
 
 
-def parse_value(name: str, text: str) -> Any:
-    """A value as YAML, in which 3e-4 is a number (YAML 1.1 takes it for a word). Raises UserError naming the option."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: {text!r} is not YAML: {' '.join(str(error).split())}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with numbers like 3e-4."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def run(main: Callable[[Config], object], about: str | None) -> NoReturn:
-    """Parse the command line of a job that takes `--config FILE`, run `main(config)` and exit."""
-    _run(lambda argv: main(parse(argv)), about, "--config")
-
-
-def run_on(main: Callable[[str, dict[str, Any]], object], about: str | None) -> NoReturn:
-    """Likewise for a job that takes `--run DIR`: `main(run_dir, overrides)`."""
-    _run(lambda argv: main(*words_of(argv, "--run")), about, "--run")
+def overrides_of(argv: list[str]) -> dict[str, Any]:
+    """Nothing but overrides. Raises UserError on anything else."""
+    return words_of([*argv, "--config", "-"], "--config")[1]
 
 
 class Options(argparse.ArgumentParser):
-    """The options of a job without settings. A mistake is one line."""
+    """Options of one job, by their names; a mistake is one line. Without a description: beside settings."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, allow_abbrev=False)
+    def __init__(self, description: str | None = None) -> None:
+        beside = description is None
+        super().__init__(
+            description=description,
+            usage=argparse.SUPPRESS if beside else None,
+            add_help=not beside,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -96,17 +80,46 @@ def pair(word: str) -> tuple[str, str]:
     return name, value
 
 
-def run_options(main: Callable[[argparse.Namespace], object], options: Options) -> NoReturn:
-    """Likewise for a job with options of its own and no settings: `main(options)`."""
-    _exit_with(lambda: main(options.parse_args()))
+def run(main: Callable[..., object], about: str | None, own: Options | None = None) -> NoReturn:
+    """Parse the command line of a job that takes `--config FILE`, run `main(config)` and exit.
+
+    Options of its own go to `main` by their names."""
+    _run(main, lambda words: (parse(words),), about, "--config", own or Options())
 
 
-def _run(main: Callable[[list[str]], object], about: str | None, option: str) -> NoReturn:
+def run_on(main: Callable[..., object], about: str | None, own: Options | None = None) -> NoReturn:
+    """Likewise for a job that takes `--run DIR`: `main(run_dir, overrides)`."""
+    _run(main, lambda words: words_of(words, "--run"), about, "--run", own or Options())
+
+
+def run_sweep(main: Callable[..., object], about: str | None, own: Options) -> NoReturn:
+    """Likewise for a job on the settings of a sweep, whose file is one of its own options: `main(overrides)`."""
+    _run(main, lambda words: (overrides_of(words),), about, "--config", own, SweepConfig)
+
+
+def run_options(main: Callable[..., object], options: Options) -> NoReturn:
+    """Likewise for a job that has options of its own and no settings: all go to `main` by their names."""
+    _exit_with(lambda: main(**vars(options.parse_args())))
+
+
+def _run(
+    main: Callable[..., object],
+    settings: Callable[[list[str]], tuple[Any, ...]],
+    about: str | None,
+    option: str,
+    own: Options,
+    model: type[BaseModel] = Config,
+) -> NoReturn:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
-        print(help_text(argv, about, option))
+        print(help_text(argv, about, option, own, model))
         sys.exit(0)
-    _exit_with(lambda: main(argv))
+
+    def parsed() -> None:
+        given, words = own.parse_known_args(argv)
+        main(*settings(words), **vars(given))
+
+    _exit_with(parsed)
 
 
 def _exit_with(main: Callable[[], object]) -> NoReturn:
@@ -153,8 +166,9 @@ def find_user_error(error: BaseException) -> UserError | None:
     return UserError(said.group(1)) if said else None
 
 
-def help_text(argv: list[str], about: str | None, option: str) -> str:
-    """What the job does and which sections there are; after `--help SECTION` (or --help=SECTION) its settings."""
+def help_text(argv: list[str], about: str | None, option: str, own: Options, model: type[BaseModel] = Config) -> str:
+    """What the job does, its own options and which sections there are; after `--help SECTION` (or --help=SECTION) the
+    settings of that."""
     words = [word.removeprefix("--help=") for word in argv if word not in ("--help", "-h")]
     section = next((word for word in words if not word.startswith("-")), None)
     lines = [
@@ -163,10 +177,15 @@ def help_text(argv: list[str], about: str | None, option: str) -> str:
         USAGE.format(job=sys.argv[0], option=f"{option} {NEEDED[option].split(',')[0]}"),
         "",
     ]
-    field = Config.model_fields.get(section or "")
+    field = model.model_fields.get(section or "")
     if field is None:
+        lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
-        lines += [f"  {name:<12}{f.description}" for name, f in Config.model_fields.items()]
+        lines += [f"  {name:<12}{f.description}" for name, f in model.model_fields.items()]
+        if model is Config:
+            lines += [
+                f"  {'preset':<12}A paper's or program's settings, under the file's: {', '.join(presets.names())}."
+            ]
         lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]

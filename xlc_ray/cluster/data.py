@@ -8,6 +8,7 @@ Readers take no CPU of Ray's count: training workers that took them all could ot
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -44,7 +45,7 @@ def replica_batches(
     replica: int = 0,
     replicas: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of global batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}.
+    """A replica's share of global batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]}.
 
     Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
@@ -61,21 +62,22 @@ def replica_batches(
     row_bytes = sum(store.manifest.sites[site] for site in sites) * stored_dtype(store.dtype).itemsize
     window_bytes = order.epoch_rows * row_bytes // (order.epoch_windows * replicas)
     source = ray.put((store, order))
-    reads = [
+    reads = (
         functools.partial(_read, [source], windows[i : i + TASK_WINDOWS], tuple(sites), share)
         for i in range(0, len(windows), TASK_WINDOWS)
-    ]
+    )
     return rebatch(_blocks(reads, window_bytes), batch_rows // replicas, store.dtype)
 
 
-def _blocks(reads: Sequence[functools.partial[Iterator[pa.Table]]], window_bytes: int) -> Iterator[Block]:
-    for i in range(0, len(reads), PIPELINE_TASKS):
-        tasks = Tasks("activations", reads[i : i + PIPELINE_TASKS], window_bytes * TASK_WINDOWS)
+def _blocks(reads: Iterator[functools.partial[Iterator[pa.Table]]], window_bytes: int) -> Iterator[Block]:
+    while some := list(itertools.islice(reads, PIPELINE_TASKS)):
+        tasks = Tasks("Activations", some, window_bytes * TASK_WINDOWS)
         # A task's blocks are joined up to the target: less than a window leaves every window a block of its own.
         with ray.data.DataContext.current(data_context(max(1, window_bytes * 3 // 4))):
             dataset = ray.data.read_datasource(
                 tasks, override_num_blocks=len(tasks.reads), num_cpus=0, concurrency=READERS
             )
+            dataset.set_name("training")
             (blocks,) = dataset.streaming_split(1)
         yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
 

@@ -15,6 +15,7 @@ import ray.data
 from ray.exceptions import AuthenticationError
 
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.files import local
 
 QUIET = ("Progress bars disabled", "Exception occurred in", "An exception was raised from a task", "Full stack trace")
@@ -40,6 +41,7 @@ def connect() -> None:
         return
     # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of training runs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should …
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -120,13 +122,21 @@ def resolve(config: Config) -> Config:
 
     `model.name`, `base_model.name` and the datasets of `text` are seen from the working directory and left alone where
     nothing is there (a name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working
-    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray.
+    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray. So is `source.cache.path`.
     """
     changes = {"model.name": _absolute(config.model.name), **config.text.renamed(_absolute)}
     if config.base_model:
         changes["base_model.name"] = _absolute(config.base_model.name)
     root = output_root()
-    for path, name in (("source.path", config.source.path), ("out", config.out)):
+    places = {"out": config.out}
+    match config.source:
+        case StoreSource(path=path, cache=cache):
+            places["source.path"] = path
+            if cache:
+                places["source.cache.path"] = cache.path
+        case HttpSource():
+            pass
+    for path, name in places.items():
         if "://" not in name or name.startswith("file://"):
             changes[path] = str(root / Path(local(name)).expanduser())
     if config.train.loss.connection:

@@ -19,15 +19,17 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from xlc_ray import files
-from xlc_ray.activations.store import Store, open_store
+from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
+from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
@@ -43,7 +45,7 @@ def train(config: Config) -> dict[str, Any]:
     where the loss is not finite, and what made a worker fail when `cluster.max_failures` restarts did not help.
     """
     config = resolve(config)
-    data = _open(config)
+    data = open_or_make(config)
     wiring = loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
     connect()
     least = min(layout.workers for layout in layouts(config))
@@ -53,24 +55,27 @@ def train(config: Config) -> dict[str, Any]:
         preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with _Watch(config, step or 0):
+        with driving(config.out), _Watch(config, step or 0):
             supervise(config, _worker)
     return {**logs.read(config.out)[-1], "out": config.out}
 
 
-def _open(config: Config) -> Store:
+def open_or_make(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
-    path = config.source.path
-    if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):
+    if not is_there(config.source.path):
         if not config.source.make_if_missing:
+            match config.source:
+                case HttpSource(url=url, dataset_id=dataset):
+                    what = f"source.dataset_id: no complete store {dataset} at {url}"
+                case StoreSource(path=path):
+                    what = f"source.path: no complete store at {path}"
             raise UserError(
-                f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
-                "or set source.make_if_missing: true"
+                f"{what}; make it by jobs/generate.py with the same settings, or set source.make_if_missing: true"
             )
         from xlc_ray.cluster.generate import generate  # with its language-model libraries, which workers do not need
 
         generate(config)
-    return open_store(path)
+    return open_source(config.source)
 
 
 class _Grown(Exception):
@@ -96,8 +101,8 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
     torch.manual_seed(config.seed)
     shards = Shards.of_world(place.layout.tensor_parallel, device.type)
     own = _nodes_of_ranks(config, place)
-    data = replace(open_store(config.source.path), patience=config.cluster.read_retry_s)
-    gauges = Gauges(files.name(config.out))
+    data = replace(open_source(config.source), patience=config.cluster.read_retry_s)
+    gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
@@ -114,9 +119,8 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
             if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
                 raise _Grown
 
-    loop.train_rank(
-        config, data, shards, reader, device, gauges.set if leader else lambda _: None, saved, watchdog.beat
-    )
+    announce = gauges.set if leader else lambda _: gauges.set({})
+    loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
 
 
 def _larger(config: Config, found: Place, now: Place) -> bool:
@@ -159,9 +163,8 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        lines = logs.read(self.config.out)
-        if lines and lines[-1]["step"] > self.step:
-            m = lines[-1]
+        m = logs.last(self.config.out)
+        if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
             if "kl" in m:

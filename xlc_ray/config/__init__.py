@@ -2,7 +2,8 @@
 
 An override is *(dotted path, value)* and replaces what is at that path. The same idea serves the command line
 (`--train.lr=3e-4`, `--dictionary.gate='{kind: jumprelu}'`), Python (`config.override({"train.lr": 3e-4})`) and the axes
-of a sweep. A default is stated here and nowhere else: the constructors behind take plain values.
+of a sweep. A default is stated here and nowhere else: the constructors behind take plain values. `preset: NAME` puts
+the settings of a paper or program under those of the file (presets/).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from xlc_ray.config import yaml_text
-from xlc_ray.config.activations import BaseOf, Generate, Model, StoreSource, Text
+from xlc_ray.config import presets, yaml_text
+from xlc_ray.config.activations import BaseOf, Generate, Model, Text
 from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.gate_losses import check_gate
+from xlc_ray.config.sources import Source
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
 __all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
@@ -38,7 +40,7 @@ class Config(Settings):
     """The text it reads."""
     generate: Generate
     """The activations to store."""
-    source: StoreSource
+    source: Source
     """Where training reads activations."""
     dictionary: Dictionary
     """What is trained."""
@@ -48,6 +50,14 @@ class Config(Settings):
     """How it is measured."""
     cluster: Cluster = Cluster()
     """On what."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _store_is_the_usual_source(cls, values: Any) -> Any:
+        source = values.get("source") if isinstance(values, dict) else None
+        if isinstance(source, dict) and "kind" not in source:
+            return values | {"source": {"kind": "store", **source}}
+        return values
 
     @model_validator(mode="after")
     def _models_are_read(self) -> Config:
@@ -86,11 +96,8 @@ class Config(Settings):
         check_gate(gate, loss)
         if loss.auxk and loss.ghost:
             raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
-        if self.train.resample and getattr(self.dictionary.wiring, "tied", None) == "per_target":
-            raise ValueError(
-                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
-                "train.loss.auxk, train.loss.ghost or tied: per_source"
-            )
+        if self.train.resample:  # of a wiring of the user's own it is asked when that is built
+            self.train.resample.check_tying(getattr(self.dictionary.wiring, "tied", None))
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(
                 f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "
@@ -112,6 +119,10 @@ class Config(Settings):
 
     def override(self, changes: dict[str, Any]) -> Config:
         """A new Config with each dotted path replaced by its value. Raises UserError on a bad path or value."""
+        if "preset" in changes:
+            raise UserError(
+                "override: preset: lies under a file as it is read; give it to load_config, or with --config"
+            )
         return _validate(apply_overrides(self.model_dump(mode="json"), changes), "override")
 
     def yaml(self) -> str:
@@ -120,7 +131,9 @@ class Config(Settings):
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a YAML file, apply dotted overrides, validate. Raises UserError: file, path, value, choices, nearest."""
+    """Read a YAML file over its preset, apply dotted overrides, validate.
+
+    Raises UserError: file, path, value, choices, nearest."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -130,7 +143,11 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 def load_config_text(text: bytes, origin: str, overrides: dict[str, Any] | None = None) -> Config:
     """The same from the YAML itself; `origin` names it in errors."""
-    return _validate(apply_overrides(yaml_text.parse_mapping(text, origin), overrides or {}), origin)
+    changes, tree = dict(overrides or {}), yaml_text.parse_mapping(text, origin)
+    named = tree.pop("preset", None)
+    if (preset := changes.pop("preset", named)) is not None:
+        tree = presets.under(tree, preset, origin)
+    return _validate(apply_overrides(tree, changes), origin)
 
 
 def apply_overrides(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -139,8 +139,9 @@ class ConcreteSettings(Settings):
     """z is stretched to (gamma, zeta), then cut to [0, 1]."""
     zeta: Annotated[float, Field(gt=1)] = 1.1
     """Upper end of the stretch."""
-    alpha: float = 0.0
-    """Start of the gates' log-odds (of their bias, where they read the input)."""
+    alpha: float = -3.0
+    """Start of the gates' log-odds (of their bias, where they read the input). Adam moves it by about the learning rate
+    a step, and -2.4 is where gates begin to be open at inference: from 0 (most are open) they take long to close."""
     beta: Annotated[float, Field(gt=0)] = 0.5
     """Temperature at the start."""
     final_beta: Annotated[float, Field(gt=0)] | None = None
@@ -163,8 +164,9 @@ class GatedHardConcreteGate(ConcreteSettings):
 
     kind: Literal["gated_hard_concrete"] = "gated_hard_concrete"
     """The tag of this gate."""
-    auxiliary: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the reconstruction from z alone by the frozen decoder."""
+    auxiliary: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the reconstruction from z alone by the frozen decoder. Gates learn without it; as z is at most 1, it
+    opens more features than the true ones where these are larger than 1, as they are in normalised units."""
 
 
 class TopKGate(Settings):
@@ -230,8 +232,9 @@ Gate = Annotated[
 class Normalization(Settings):
     """What is done to every site before the dictionary sees it; undone in its output."""
 
-    kind: Literal["none", "rms", "mean_norm", "mean_std"] = "rms"
-    """rms: E|x|^2 = d; mean_norm: E|x| = sqrt(d); mean_std: each dimension by its deviation (always centred)."""
+    kind: Literal["none", "rms", "unit", "mean_norm", "mean_std"] = "rms"
+    """rms: E|x|^2 = d; unit: E|x|^2 = 1; mean_norm: E|x| = sqrt(d); mean_std: each dimension by its deviation (always
+    centred)."""
     center: bool | None = None
     """Subtract the site's mean; null = yes for clt and transcoder, no for the others."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from xlc_ray.config.base import Fraction, Name, Settings
+from xlc_ray.config.errors import UserError
 
 
 class Constant(Settings):
@@ -160,6 +161,15 @@ class Resample(Settings):
             )
         return self
 
+    @staticmethod
+    def check_tying(by: str | None) -> None:
+        """Raise UserError where a wiring ties decoders so (None: not at all) that no row is one feature's own."""
+        if by == "per_target":
+            raise UserError(
+                "train.resample: decoders tied per_target belong to features of all groups, dead or not; use "
+                "train.loss.auxk, train.loss.ghost or tied: per_source"
+            )
+
 
 class EndToEnd(Settings):
     """The loss is taken after the language model has run on with the reconstruction (Braun et al. 2024)."""
@@ -201,6 +211,8 @@ class Wandb(Settings):
     """Project name."""
     entity: str | None = None
     """Team or user."""
+    group: Name | None = None
+    """Shows runs together under this name; trials of a sweep have its name by themselves."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to the run directory; sync later."""
 
@@ -238,6 +250,9 @@ class Train(Settings):
     """Steps between lines of metrics."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     """Steps between checkpoints; one is always written at the end."""
+    async_checkpoints: bool = True
+    """Train on while a checkpoint is written, from a copy that takes 12 bytes of host memory for each of a rank's
+    parameters; false: wait."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
     wandb: Wandb | None = None
@@ -257,6 +272,8 @@ class Evaluate(Settings):
     """Windows in one forward pass."""
     ablate_features: Annotated[int, Field(ge=0)] = 0
     """Active features, drawn at random, whose single effect on the cross-entropy is measured; 0 = none."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Ray tasks that share the rows and windows; each takes what a language-model actor does."""
 
 
 class Cluster(Settings):

@@ -117,7 +117,7 @@ def normalize_by(dictionary: Dictionary, config: settings.Normalization, kind: s
     if config.kind == "mean_std" and center is False:
         raise UserError("dictionary.normalization.center: mean_std is always centred; use rms")
     if center is None:
-        center = kind in ("clt", "transcoder") and config.kind in ("rms", "mean_std")
+        center = kind in ("clt", "transcoder") and config.kind in ("rms", "unit", "mean_std")
     if config.kind == "mean_std":
         center = True
     for prefix, sites in (("read", wires.read_sites), ("write", wires.written_sites)):

@@ -24,6 +24,9 @@ def gate(path: str, options: dict[str, Any], sizes: list[int], shards: Shards) -
     made = _named(path, "dictionary.gate.path")
     if not (inspect.isclass(made) and issubclass(made, Gate)):
         raise UserError(f"dictionary.gate.path: {path} is no subclass of xlc_ray.dictionary.gates.Gate")
+    if inspect.isabstract(made):
+        missing = ", ".join(sorted(made.__abstractmethods__))
+        raise UserError(f"dictionary.gate.path: {path} does not define {missing}")
     _check(made, "dictionary.gate.options", (sizes, shards), options)
     return made(sizes, shards, **options)
 

@@ -13,6 +13,7 @@ them), has a training and an inference form (`module.training`), and offers the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ Selected = tuple[dict[int, Picked | None], list[Limit]]
 """Entries of each group (None: too many to list, every entry counts), and the limits of the extra pools."""
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """The interface. `sizes`: features of each group on this rank."""
 
     ranks = False
@@ -67,9 +68,9 @@ class Gate(nn.Module):
         in the same collective, if there is one."""
         return above(tiles, self.lower, most), self.shards.kth_largest(extra) if extra else []
 
+    @abstractmethod
     def activate(self, pre: Tensor, g: int, support: Support | None) -> Tensor:
         """f from pre: all [B, F] (`support` None), or the [n] entries of a support."""
-        raise TypeError(f"{type(self).__name__} has no activation")
 
     def magnitude(self, g: int) -> tuple[Tensor, Tensor] | None:
         """W [F, R], b [F] of a second encoder, if f = activate(pre) · (x Wᵀ + b); split like the features."""

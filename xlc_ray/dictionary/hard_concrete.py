@@ -17,6 +17,7 @@ z = 0 has no gradient, so products with f need the open entries only; the expect
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Shape:
 
 
 class Concrete(Gate):
-    """What all have in common; `logit` gives α. Noise is a function of (seed, step, pass, group, token of the global
+    """What all have in common, given `logit`. Noise is a function of (seed, step, pass, group, token of the global
     batch, feature), so that it does not depend on how features and tokens are split, nor on the form of products."""
 
     def __init__(self, sizes: list[int], shards: Shards, shape: Shape):
@@ -68,9 +69,9 @@ class Concrete(Gate):
 
     # ------------------------------------------------------------ the gate
 
+    @abstractmethod
     def logit(self, pre: Tensor, g: int, support: Support | None) -> Tensor:
         """α, of the shape of pre."""
-        raise TypeError(f"{type(self).__name__} has no logit")
 
     def select(self, tiles: Tiles, norms: Norms, most: float, extra: list[Pool]) -> Selected:
         def is_open(tile: Tile) -> Tensor:

@@ -2,6 +2,7 @@
 
     none       s = 1
     rms        s = √(E‖x - μ‖² / d)          E‖x‖² becomes d
+    unit       s = √E‖x - μ‖²                E‖x‖² becomes 1   (Rajamanoharan et al. 2024)
     mean_norm  s = E‖x‖ / √d                 E‖x‖ becomes √d   (Anthropic, April 2024; not centred)
     mean_std   s_i = std_i + 1e-6            each dimension, unbiased, centred  (crosslayer-coding)
 
@@ -58,10 +59,10 @@ def _scale(kind: str, center: bool, site: str, stats: SiteStatistics, d: int) ->
         return np.ones(d)
     if kind == "mean_std":
         return std + 1e-6
-    if kind == "rms":
+    if kind in ("rms", "unit"):
         variance = std**2 * (stats.count - 1) / stats.count
         second = variance.sum() + (0.0 if center else (mean**2).sum())
-        scale = np.sqrt(second / d)
+        scale = np.sqrt(second / (d if kind == "rms" else 1))
     elif stats.mean_norm is None:
         raise UserError(
             f"dictionary.normalization.kind: mean_norm needs E|x| of {site}, which this store lacks; use rms"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary
+from xlc_ray.dictionary.fold import expanded_decoder
 
 ALIKE = 0.9
 """Cosine from which a feature counts as found again."""
@@ -71,7 +72,7 @@ def _pairs(dictionary: Dictionary, against: Dictionary) -> list[tuple[int, int]]
             known = "; ".join(", ".join(other) for other in against.wiring.writes)
             raise UserError(f"compare: {len(same)} groups of the other run write {', '.join(writes)}; it has: {known}")
         pairs.append((g, same[0]))
-    widths = [[d.groups[n].W_dec.shape[1] for n in numbers] for d, numbers in zip(
+    widths = [[d.wiring.width(d.wiring.writes[n]) for n in numbers] for d, numbers in zip(
         (dictionary, against), zip(*pairs, strict=True), strict=True)]  # fmt: skip
     if widths[0] != widths[1]:
         raise UserError(f"compare: decoder rows of widths {widths[0]} and {widths[1]}: runs of different models")
@@ -79,9 +80,9 @@ def _pairs(dictionary: Dictionary, against: Dictionary) -> list[tuple[int, int]]
 
 
 def _raw_rows(dictionary: Dictionary, g: int) -> Tensor:
-    """W_dec of a group in raw units [F, W]."""
+    """Decoder rows of a group in raw units [F, W]."""
     scales = [dictionary.write_scale[span] for span in dictionary.wiring.write_spans(g)]
-    return dictionary.groups[g].W_dec * torch.cat(scales)
+    return expanded_decoder(dictionary, g) * torch.cat(scales)
 
 
 def _both(forth: Tensor, back: Tensor) -> dict[str, dict[str, float]]:

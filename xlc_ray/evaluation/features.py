@@ -25,6 +25,7 @@ from torch import Tensor
 
 from xlc_ray import files
 from xlc_ray.dictionary import Dictionary, Features
+from xlc_ray.dictionary.fold import expanded_decoder
 from xlc_ray.evaluation.metrics import Moments
 
 FILE = "features.parquet"
@@ -105,7 +106,7 @@ def write_features(run_dir: str, table: pa.Table) -> str:
 
 @torch.no_grad()
 def _rows(dictionary: Dictionary, g: int, own: FeatureStatistics, means: dict[str, Tensor]) -> pa.Table:
-    wiring, rows = dictionary.wiring, dictionary.groups[g].W_dec.detach().double().cpu()
+    wiring, rows = dictionary.wiring, expanded_decoder(dictionary, g).double().cpu()
     square, best, cosine = _directions(dictionary, g, rows, means)
     alive, written = own.counts > 0, square.sum(1) > 0
     order = {site: n for n, site in enumerate(wiring.written_sites)}

@@ -19,7 +19,7 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError, yaml_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import HOOKS, kind_and_layer, model_name, site_of_layer
-from xlc_ray.export.plain import Weights, assemble, jumprelu, plain, refuse, shape_of, thresholds_of
+from xlc_ray.export.plain import Weights, assemble, jumprelu, kind_of, plain, refuse, shape_of, thresholds_of, way_out
 from xlc_ray.export.weights import pick, read_tensors, write_tensors
 
 NAME = "circuit_tracer"
@@ -36,10 +36,12 @@ def write(dictionary: Dictionary, config: Config, out: str) -> Dictionary:
             f"the wiring {config.dictionary.wiring.kind}",
             "it holds clt and transcoder; use saelens for SAEs and dictionary_learning for acausal crosscoders",
         )
+    if kind == "clt" and dictionary.wiring.skip:
+        raise refuse(NAME, "skip connections of a clt", "its loader would drop them; train with skip: false")
     ends = _ends(dictionary.wiring)
     made = plain(dictionary)
-    if isinstance(made.gate, gates.TopK):
-        raise refuse(NAME, "topk", "it holds relu and jumprelu; convert the run to jumprelu first with jobs/convert.py")
+    if (gate := kind_of(made.gate)) not in ("relu", "jumprelu"):
+        raise refuse(NAME, gate, f"it holds relu and jumprelu; {way_out(gate)}")
     (_write_clt if kind == "clt" else _write_set)(made, out)
     # Without `transcoders`, its list of files, circuit-tracer finds the files beside config.yaml, on the Hub as well.
     facts = {

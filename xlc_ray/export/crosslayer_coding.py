@@ -78,7 +78,8 @@ def _check(name: str, tensors: dict[str, Tensor]) -> None:
         offset = key.startswith("decoder_module.feature_offset") and bool(value.any())
         if offset or key.startswith("decoder_module.skip_weights"):
             raise UserError(
-                f"{name}: {key}: feature offsets and skip connections of a CLT have no place in a wiring here"
+                f"{name}: {key}: feature offsets and skip connections are not read: that program's versions apply them "
+                "to other features and sources; allowed: offsets of 0, no skip_weights"
             )
 
 

@@ -2,12 +2,15 @@
 
     ae.pt, config.json         {"trainer": {dict_class, activation_dim, dict_size, k, layer, …}, "buffer": {ctx_len}}
       AutoEncoder              bias [d], encoder.weight [F, d], encoder.bias [F], decoder.weight [d, F] of unit columns
+      GatedAutoEncoder         decoder_bias [d], gate_bias, r_mag, mag_bias [F], encoder.weight, decoder.weight
       AutoEncoderTopK          b_dec [d], k, threshold, encoder.*, decoder.weight
       BatchTopKSAE             the same; f = max(pre, 0) · 1[pre > threshold]
       JumpReluAutoEncoder      W_enc [d, F], b_enc, W_dec [F, d], b_dec, threshold [F]
+      only read                AutoEncoderNew: AutoEncoder with decoder.bias, and columns as they are;
+                               MatryoshkaBatchTopKSAE: BatchTopKSAE with the names of JumpReluAutoEncoder
     cc_weights.pt, cfg.json    a relu crosscoder of L sites: W_enc [L, d, F], b_enc [F], W_dec [F, L, d], b_dec [L, d]
 
-Where the encoder is fed x - b (all but JumpReluAutoEncoder), its bias is b_enc + W_enc b. A dictionary of several sites
+Where the encoder is fed x - b (`centred`), its bias is b_enc + W_enc b. A dictionary of several sites
 becomes a folder for each. The library makes the columns of an AutoEncoder unit ones as it loads it, which scales
 features; so they are written as unit columns, with features in those units.
 """
@@ -15,7 +18,7 @@ features; so they are written as unit columns, with features in those units.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +27,46 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import hook_of, kind_and_layer, model_name, site_of
-from xlc_ray.export.plain import Weights, assemble, batchtopk, jumprelu, plain, refuse, shape_of, topk, unit_rows
-from xlc_ray.export.weights import pick, read_tensors, write_tensors
+from xlc_ray.export.plain import (
+    Weights,
+    assemble,
+    batchtopk,
+    folder_of,
+    gated,
+    gated_biases,
+    jumprelu,
+    kind_of,
+    plain,
+    refuse,
+    shape_of,
+    topk,
+    unit_rows,
+)
+from xlc_ray.export.weights import folders, pick, read_tensors, write_tensors
 
 NAME = "dictionary_learning"
 WEIGHTS, CROSSCODER = "ae.pt", "cc_weights.pt"
-TRAINERS = {
-    "AutoEncoder": "StandardTrainer",
-    "AutoEncoderTopK": "TopKTrainer",
-    "BatchTopKSAE": "BatchTopKTrainer",
-    "JumpReluAutoEncoder": "JumpReluTrainer",
+
+
+class Layout(NamedTuple):
+    """How a class is stored: its trainer, the names of the decoder's bias and of the gate's tensors, whether the
+    encoder is fed x - b, and whether its weights are W_enc [d, F] and W_dec [F, d] instead of two linear maps."""
+
+    trainer: str
+    bias: str
+    own: tuple[str, ...]
+    centred: bool = True
+    matrices: bool = False
+
+
+CLASSES = {
+    "AutoEncoder": Layout("StandardTrainer", "bias", ()),
+    "GatedAutoEncoder": Layout("GatedSAETrainer", "decoder_bias", ("gate_bias", "r_mag", "mag_bias")),
+    "AutoEncoderTopK": Layout("TopKTrainer", "b_dec", ("k", "threshold")),
+    "BatchTopKSAE": Layout("BatchTopKTrainer", "b_dec", ("k", "threshold")),
+    "JumpReluAutoEncoder": Layout("JumpReluTrainer", "b_dec", ("threshold",), centred=False, matrices=True),
+    "AutoEncoderNew": Layout("StandardTrainerAprilUpdate", "decoder.bias", (), centred=False),
+    "MatryoshkaBatchTopKSAE": Layout("MatryoshkaBatchTopKTrainer", "b_dec", ("k", "threshold"), matrices=True),
 }
 
 
@@ -47,6 +80,8 @@ def write(dictionary: Dictionary, config: Config, out: str) -> Dictionary:
             + (f" ({config.dictionary.wiring.causality})" if config.dictionary.wiring.kind == "crosscoder" else ""),
             "it holds SAEs and acausal crosscoders; use circuit_tracer for clt and transcoder",
         )
+    if dictionary.wiring.skip:
+        raise refuse(NAME, "skip connections", "use saelens, or circuit_tracer for transcoder")
     made = plain(dictionary)
     if kind == "crosscoder":
         return _write_crosscoder(made, config, out)
@@ -63,7 +98,7 @@ def _write_one(made: Dictionary, trained: gates.Gate, g: int, config: Config, ou
     name, tensors = _tensors(made, trained, g)
     kind, layer = kind_and_layer(site) or (site, None)
     trainer = {
-        "trainer_class": TRAINERS[name],
+        "trainer_class": CLASSES[name].trainer,
         "dict_class": name,
         "activation_dim": width,
         "dict_size": features,
@@ -72,7 +107,7 @@ def _write_one(made: Dictionary, trained: gates.Gate, g: int, config: Config, ou
         "lm_name": model_name(config),
         "submodule_name": f"{kind}_layer_{layer}" if layer is not None else site,
     }
-    folder = out if made.wiring.groups == 1 else files.join(out, site)
+    folder = folder_of(made, g, out)
     write_tensors(files.join(folder, WEIGHTS), tensors)
     buffer = {"d_submodule": width, "io": "out", "ctx_len": config.text.context}
     files.write_json(files.join(folder, "config.json"), {"trainer": trainer, "buffer": buffer})
@@ -83,8 +118,12 @@ def _tensors(made: Dictionary, trained: gates.Gate, g: int) -> tuple[str, dict[s
     group, (site,) = made.groups[g], made.wiring.reads[g]
     W_enc, W_dec = group.W_enc.detach(), group.W_dec.detach()
     bias = made.b_dec.detach()[made.wiring.columns(made.wiring.written_sites)[site]]
-    shifted = (group.b_enc.double() + W_enc.double() @ bias.double()).to(W_enc.dtype)
-    linear: dict[str, Tensor] = {"encoder.weight": W_enc, "encoder.bias": shifted, "decoder.weight": W_dec.T}
+    shifted = group.b_enc.detach().double() + W_enc.double() @ bias.double()
+    linear: dict[str, Tensor] = {"encoder.weight": W_enc, "decoder.weight": W_dec.T}
+    if kind_of(made.gate) == "gated":
+        names, values = CLASSES["GatedAutoEncoder"].own, gated_biases(made, g, shifted)
+        return "GatedAutoEncoder", {"decoder_bias": bias, **linear, **dict(zip(names, values, strict=True))}
+    linear["encoder.bias"] = shifted.to(W_enc.dtype)
     if isinstance(made.gate, gates.ReLU):
         return "AutoEncoder", {"bias": bias, **linear}
     if isinstance(made.gate, gates.TopK):
@@ -136,12 +175,7 @@ def _write_crosscoder(made: Dictionary, config: Config, out: str) -> Dictionary:
 
 def detect(path: str, names: set[str]) -> bool:
     """Whether a directory with these files is one of dictionary_learning, or holds folders that are."""
-    return WEIGHTS in names or CROSSCODER in names or bool(_folders(path, names))
-
-
-def _folders(path: str, names: set[str]) -> list[str]:
-    inner = [files.join(path, name) for name in sorted(names) if "safetensors" not in name]
-    return [folder for folder in inner if files.exists(files.join(folder, WEIGHTS))]
+    return WEIGHTS in names or CROSSCODER in names or bool(folders(path, names, WEIGHTS))
 
 
 def read(path: str) -> Dictionary:
@@ -149,8 +183,8 @@ def read(path: str) -> Dictionary:
     names = set(files.listdir(path))
     if CROSSCODER in names:
         return _read_crosscoder(path)
-    folders = [path] if WEIGHTS in names else _folders(path, names)
-    parts = sorted((_read_one(folder) for folder in folders), key=lambda part: part[0])
+    found = [path] if WEIGHTS in names else folders(path, names, WEIGHTS)
+    parts = sorted((_read_one(folder) for folder in found), key=lambda part: part[0])
     kinds = {part[1] for part in parts}
     if len(kinds) > 1 or len({part[0] for part in parts}) < len(parts):
         raise UserError(f"{path}: its folders hold several classes, or a site twice; load them one by one")
@@ -165,6 +199,8 @@ def read(path: str) -> Dictionary:
 def _gate(path: str, kind: str, sizes: list[int], tensors: list[dict[str, Tensor]]) -> gates.Gate:
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return gates.ReLU(sizes, Shards())
+    if kind == "GatedAutoEncoder":
+        return gated([(t["gate_bias"], t["r_mag"], t["mag_bias"]) for t in tensors])
     if kind == "JumpReluAutoEncoder":
         return jumprelu([t["threshold"] for t in tensors])
     budgets = {int(t["k"]) for t in tensors}
@@ -185,19 +221,20 @@ def _read_one(folder: str) -> Part:
     if not isinstance(trainer, dict):
         raise UserError(f"{where}: has no trainer")
     kind = str(trainer.get("dict_class"))
-    if kind not in (*TRAINERS, "AutoEncoderNew"):
-        allowed = ", ".join((*TRAINERS, "AutoEncoderNew"))
-        raise UserError(f"{where}: dict_class {kind!r} has no gate here; allowed: {allowed}")
-    name = files.join(folder, WEIGHTS)
+    if kind not in CLASSES:
+        raise UserError(f"{where}: dict_class {kind!r} has no gate here; allowed: {', '.join(CLASSES)}")
+    layout, name = CLASSES[kind], files.join(folder, WEIGHTS)
     tensors = read_tensors(name)
-    if kind == "JumpReluAutoEncoder":
-        W_enc, b_enc, W_dec, b_dec, _ = pick(tensors, name, "W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        return _place(trainer), kind, (W_enc.T, b_enc, W_dec), b_dec, tensors
-    own = {"AutoEncoder": ["bias"], "AutoEncoderNew": ["decoder.bias"]}.get(kind, ["b_dec", "k", "threshold"])
-    W_enc, b_enc, decoder, b_dec, *_ = pick(tensors, name, "encoder.weight", "encoder.bias", "decoder.weight", *own)
-    if kind != "AutoEncoderNew":
+    encoder, decoder = ("W_enc", "W_dec") if layout.matrices else ("encoder.weight", "decoder.weight")
+    W_enc, W_dec, b_dec, *own = pick(tensors, name, encoder, decoder, layout.bias, *layout.own)
+    W_enc, W_dec = (W_enc.T, W_dec) if layout.matrices else (W_enc, W_dec.T)
+    if kind == "GatedAutoEncoder":
+        b_enc = torch.zeros_like(own[0])
+    else:
+        (b_enc,) = pick(tensors, name, "b_enc" if layout.matrices else "encoder.bias")
+    if layout.centred:
         b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).to(b_enc.dtype)
-    weights: Weights = (W_enc, b_enc, decoder.T)
+    weights: Weights = (W_enc, b_enc, W_dec)
     return _place(trainer), kind, unit_rows(*weights) if kind == "AutoEncoder" else weights, b_dec, tensors
 
 

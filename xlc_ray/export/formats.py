@@ -7,7 +7,14 @@ from collections.abc import Callable
 from xlc_ray import files
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, checkpoint
-from xlc_ray.export import circuit_tracer, crosslayer_coding, dictionary_learning, saelens
+from xlc_ray.export import (
+    acausal_crosscoder,
+    circuit_tracer,
+    crosslayer_coding,
+    dictionary_learning,
+    saelens,
+    transcoder_circuits,
+)
 
 WRITERS: dict[str, Callable[[Dictionary, Config, str], Dictionary]] = {
     module.NAME: module.write for module in (circuit_tracer, saelens, dictionary_learning)
@@ -18,6 +25,8 @@ READERS: dict[str, tuple[Callable[[str, set[str]], bool], Callable[[str], Dictio
     "saelens": (saelens.detect, saelens.read),
     "dictionary_learning": (dictionary_learning.detect, dictionary_learning.read),
     "crosslayer_coding": (crosslayer_coding.detect, crosslayer_coding.read),
+    "transcoder_circuits": (transcoder_circuits.detect, transcoder_circuits.read),
+    "acausal_crosscoder": (acausal_crosscoder.detect, acausal_crosscoder.read),
 }
 """In the order in which they are tried: (is it this?, read it)."""
 

@@ -1,8 +1,9 @@
-"""The dictionary that other programs can hold: raw units, and one of three gates in inference form.
+"""The dictionary that other programs can hold: raw units, and one of four gates in inference form.
 
     relu        f = max(pre, 0)
     jumprelu    f = pre · 1[pre > θ]                       θ [F] of each group
     topk        max(pre, 0) of the k largest of a token, in each group
+    gated       f = max(e^r pre + b_mag, 0) · 1[pre + b_gate > 0]
 
 What shares its places between tokens or groups (BatchTopK, a pool over groups) has a threshold at inference, and so
 is a jumprelu here: θ, or θ / n_i where entries compete by activation times decoder norm n_i.
@@ -15,10 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Dictionary, Wiring, gates
 from xlc_ray.dictionary.fold import fold, untie
+from xlc_ray.dictionary.gated import Gated
 from xlc_ray.dictionary.selection import LEAST
 from xlc_ray.dictionary.shards import Shards
 
@@ -27,7 +30,7 @@ Weights = tuple[Tensor, Tensor, Tensor]
 
 
 def plain(dictionary: Dictionary) -> Dictionary:
-    """A new whole dictionary in raw units with the gate ReLU, JumpReLU or TopK (a budget each token and group).
+    """A new whole dictionary in raw units with the gate ReLU, JumpReLU, Gated or TopK (a budget each token and group).
 
     Features and reconstructions are equal, but that a TopK which ranks by decoder norm gets unit decoder rows, so that
     its features are in units of n_i. Raises UserError for a gate that no format knows.
@@ -39,6 +42,8 @@ def plain(dictionary: Dictionary) -> Dictionary:
             simple: gates.Gate = gates.ReLU(dictionary.sizes, Shards())
         case gates.JumpReLU():
             simple = jumprelu([gate.threshold(g).detach() for g in range(len(parts))])
+        case Gated():
+            simple = gated(list(zip(gate.b_gate, gate.r_mag, gate.b_mag, strict=True)))
         case gates.TopK() if gate.zscores:
             raise UserError("export: no format here ranks by z-scores; the run itself can be loaded")
         case gates.TopK(shared=True):
@@ -102,7 +107,11 @@ def _put(where: str, module: object, name: str, value: Tensor, what: str) -> Non
     wanted = getattr(module, name).shape
     if value.shape != wanted:
         raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
-    setattr(module, name, nn.Parameter(value.detach().to(torch.promote_types(value.dtype, torch.float32))))
+    setattr(module, name, nn.Parameter(_at_least_float32(value)))
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
 def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
@@ -110,7 +119,16 @@ def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
     own = settings.JumpReluGate()
     gate = gates.JumpReLU([len(t) for t in thresholds], Shards(), own.threshold, own.bandwidth, "direct")
     for parameter, value in zip(gate.raw_threshold, thresholds, strict=True):
-        parameter.data = value.detach().clamp(min=0).to(torch.promote_types(value.dtype, torch.float32))
+        parameter.data = _at_least_float32(value).clamp(min=0)
+    return gate
+
+
+def gated(groups: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Gated:
+    """The gate with b_gate, r_mag, b_mag [F] of each group."""
+    gate = Gated([len(b) for b, _, _ in groups], Shards(), settings.GatedGate().auxiliary)
+    for g, values in enumerate(groups):
+        for name, value in zip(("b_gate", "r_mag", "b_mag"), values, strict=True):
+            getattr(gate, name)[g].data = _at_least_float32(value)
     return gate
 
 
@@ -146,12 +164,49 @@ def shape_of(wiring: Wiring) -> str:
     return "clt" if ragged and not {row[0] for row in reads} & set(writes[0]) else "other"
 
 
+def folder_of(dictionary: Dictionary, g: int, out: str) -> str:
+    """Where group g goes in formats of one site a folder: `out` itself, or of several groups a folder named as what it
+    reads."""
+    return out if dictionary.wiring.groups == 1 else files.join(out, dictionary.wiring.reads[g][0])
+
+
 def refuse(form: str, what: str, instead: str) -> UserError:
     """The error of a format that cannot express something."""
     return UserError(f"--format {form}: has no place for {what}; {instead}")
+
+
+def kind_of(gate: gates.Gate) -> str:
+    """relu, jumprelu, topk or gated: the gate of a plain dictionary."""
+    match gate:
+        case gates.ReLU():
+            return "relu"
+        case gates.JumpReLU():
+            return "jumprelu"
+        case Gated():
+            return "gated"
+    assert isinstance(gate, gates.TopK)
+    return "topk"
+
+
+def way_out(kind: str) -> str:
+    """What to do with a gate that a format has no place for."""
+    if kind == "topk":
+        return "convert the run to jumprelu first with jobs/convert.py"
+    return "the run itself loads with xlc_ray.load"
 
 
 def thresholds_of(dictionary: Dictionary) -> list[Tensor] | None:
     """θ of each group of a plain dictionary with the gate JumpReLU, else None."""
     gate = dictionary.gate
     return [gate.threshold(g).detach() for g in range(len(gate.sizes))] if isinstance(gate, gates.JumpReLU) else None
+
+
+@torch.no_grad()
+def gated_biases(dictionary: Dictionary, g: int, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """b_gate, r_mag, b_mag [F] for formats without b_enc: `shared` [F], in its place, is added to both paths."""
+    gate = dictionary.gate
+    assert isinstance(gate, Gated)
+    r = gate.r_mag[g].double()
+    both = (gate.b_gate[g].double() + shared, r, gate.b_mag[g].double() + r.exp() * shared)
+    b_gate, r_mag, b_mag = (value.to(gate.r_mag[g].dtype) for value in both)
+    return b_gate, r_mag, b_mag

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
 from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.config.errors import nearest
 from xlc_ray.dictionary import checkpoint
-from xlc_ray.export import golden, hub
+from xlc_ray.export import golden, hub, saelens
 from xlc_ray.export.formats import WRITERS
 
 
@@ -26,6 +32,8 @@ def export(run_dir: str, form: str, out: str, push_to_hub: str | None) -> str:
         hub.check(push_to_hub)
     dictionary, config = checkpoint.load_dictionary(run_dir)
     made = WRITERS[form](dictionary, config, out)
+    if form == saelens.NAME and (densities := _densities(run_dir)):
+        saelens.write_densities(made, densities, out)
     known = golden.rows(dictionary, config)
     golden.write(made, known, out)
     name = files.join(run_dir, "eval.json")
@@ -34,3 +42,13 @@ def export(run_dir: str, form: str, out: str, push_to_hub: str | None) -> str:
     said = f"{form}: {made.wiring.groups} x {made.sizes[0]:,} features of {config.dictionary.wiring.kind} in {out}\n"
     said += f"{golden.FILE}: {len(next(iter(known.values.values())))} {known.origin}"
     return said + (f"\npushed: {hub.push(out, push_to_hub)}" if push_to_hub else "")
+
+
+def _densities(run_dir: str) -> list[Tensor] | None:
+    """Share of tokens at which each feature is active, a tensor [F] a group, if the run was evaluated."""
+    name = files.join(run_dir, "features.parquet")
+    if not files.exists(name):
+        return None
+    table = pq.read_table(io.BytesIO(files.read_bytes(name)), columns=["group", "density"])
+    group, density = (torch.from_numpy(table[key].to_numpy().copy()) for key in ("group", "density"))
+    return [density[group == g] for g in range(int(group.max()) + 1)]

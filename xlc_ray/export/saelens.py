@@ -2,7 +2,9 @@
 
     cfg.json                   architecture, d_in, d_sae, dtype, apply_b_dec_to_input, normalize_activations, metadata …
     sae_weights.safetensors    W_enc [d, F], b_enc [F], W_dec [F, d_out], b_dec [d_out],
-                               threshold [F] where the gate is jumprelu, W_skip [d_out, d] where there is a skip
+                               threshold [F] where the gate is jumprelu, W_skip [d_out, d] where there is a skip;
+                               gated: b_gate, r_mag, b_mag [F] and no b_enc
+    sparsity.safetensors       sparsity [F]: log10(density + 1e-10), where the run was evaluated (not read)
 
 A dictionary of several sites becomes a folder for each, named like the site that is read.
 """
@@ -18,15 +20,32 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import hook_of, model_name, public, site_of
-from xlc_ray.export.plain import assemble, jumprelu, plain, refuse, shape_of, thresholds_of, topk, unit_rows
-from xlc_ray.export.weights import pick, read_tensors, write_tensors
+from xlc_ray.export.plain import (
+    assemble,
+    folder_of,
+    gated,
+    gated_biases,
+    jumprelu,
+    kind_of,
+    plain,
+    refuse,
+    shape_of,
+    thresholds_of,
+    topk,
+    unit_rows,
+    way_out,
+)
+from xlc_ray.export.weights import folders, pick, read_tensors, write_tensors
 
 NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
+SPARSITY, EPSILON = "sparsity.safetensors", 1e-10
+GATED = ("b_gate", "r_mag", "b_mag")
 ARCHITECTURES = {
     ("sae", "relu"): "standard",
     ("sae", "jumprelu"): "jumprelu",
     ("sae", "topk"): "topk",
+    ("sae", "gated"): "gated",
     ("transcoder", "relu"): "transcoder",
     ("transcoder", "jumprelu"): "jumprelu_transcoder",
     ("skip", "relu"): "skip_transcoder",
@@ -47,38 +66,45 @@ def write(dictionary: Dictionary, config: Config, out: str) -> Dictionary:
         )
     made = plain(dictionary)
     kind = "skip" if made.wiring.skip else kind
-    gate = "topk" if isinstance(made.gate, gates.TopK) else "jumprelu" if thresholds_of(made) else "relu"
+    gate = kind_of(made.gate)
     if (kind, gate) not in ARCHITECTURES:
-        raise refuse(NAME, f"transcoders with {gate}", "convert the run to jumprelu first with jobs/convert.py")
+        raise refuse(NAME, f"transcoders with {gate}", way_out(gate))
     for g in range(made.wiring.groups):
-        folder = out if made.wiring.groups == 1 else files.join(out, made.wiring.reads[g][0])
-        _write_one(made, g, config, ARCHITECTURES[kind, gate], folder)
+        _write_one(made, g, config, ARCHITECTURES[kind, gate], folder_of(made, g, out))
     return made
 
 
+def write_densities(made: Dictionary, densities: list[Tensor], out: str) -> None:
+    """Write sparsity.safetensors into each folder of `out`. densities: of each group the share of tokens at which a
+    feature [F] is active."""
+    for g, density in enumerate(densities):
+        log = (density.double() + EPSILON).log10()
+        write_tensors(files.join(folder_of(made, g, out), SPARSITY), {"sparsity": log})
+
+
 def _write_one(made: Dictionary, g: int, config: Config, architecture: str, folder: str) -> None:
-    group, thresholds, (read,), (written,) = (
-        made.groups[g],
-        thresholds_of(made),
-        made.wiring.reads[g],
-        made.wiring.writes[g],
-    )
+    facts = _facts(made, g, config, architecture)
+    write_tensors(files.join(folder, WEIGHTS), _tensors(made, g))
+    files.write_json(files.join(folder, "cfg.json"), facts)
+
+
+def _tensors(made: Dictionary, g: int) -> dict[str, Tensor]:
+    group, thresholds, (written,) = made.groups[g], thresholds_of(made), made.wiring.writes[g]
     bias = made.b_dec[made.wiring.columns(made.wiring.written_sites)[written]]
-    tensors: dict[str, Tensor] = {"W_enc": group.W_enc.T, "b_enc": group.b_enc, "W_dec": group.W_dec, "b_dec": bias}
+    tensors: dict[str, Tensor] = {"W_enc": group.W_enc.T, "W_dec": group.W_dec, "b_dec": bias}
+    if kind_of(made.gate) == "gated":
+        tensors |= dict(zip(GATED, gated_biases(made, g, group.b_enc.double()), strict=True))
+    else:
+        tensors["b_enc"] = group.b_enc
     if thresholds:
         tensors["threshold"] = thresholds[g]
     if made.wiring.skip:
         tensors["W_skip"] = made.W_skip[g]
-    facts: dict[str, Any] = {
-        "architecture": architecture,
-        "d_in": group.W_enc.shape[1],
-        "d_sae": group.W_enc.shape[0],
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }
+    return tensors
+
+
+def _facts(made: Dictionary, g: int, config: Config, architecture: str) -> dict[str, Any]:
+    group, (read,), (written,) = made.groups[g], made.wiring.reads[g], made.wiring.writes[g]
     metadata: dict[str, Any] = {
         "sae_lens_version": "6.0.0",  # of the layout: what has none is read as an older one
         "sae_lens_training_version": None,
@@ -90,14 +116,23 @@ def _write_one(made: Dictionary, g: int, config: Config, architecture: str, fold
         "exclude_special_tokens": config.text.ignore_special,
         "dataset_path": " + ".join(public(str(part.dataset)) for part in config.text.parts()),
     }
-    if architecture == "topk":
-        assert isinstance(made.gate, gates.TopK)
+    facts: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": group.W_enc.shape[1],
+        "d_sae": group.W_enc.shape[0],
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if isinstance(made.gate, gates.TopK):
         facts |= {"k": made.gate.k, "rescale_acts_by_decoder_norm": False}
-    if written != read:
+    if "transcoder" in architecture:
         facts["d_out"] = group.W_dec.shape[1]
         metadata["hook_name_out"] = hook_of(written)
-    write_tensors(files.join(folder, WEIGHTS), tensors)
-    files.write_json(files.join(folder, "cfg.json"), {**facts, "metadata": metadata})
+    return facts
 
 
 # ---------------------------------------------------------------- in
@@ -105,12 +140,7 @@ def _write_one(made: Dictionary, g: int, config: Config, architecture: str, fold
 
 def detect(path: str, names: set[str]) -> bool:
     """Whether a directory with these files is one of SAELens, or holds folders that are."""
-    return WEIGHTS in names or bool(_folders(path, names))
-
-
-def _folders(path: str, names: set[str]) -> list[str]:
-    inner = [files.join(path, name) for name in sorted(names) if "safetensors" not in name]
-    return [folder for folder in inner if files.exists(files.join(folder, WEIGHTS))]
+    return WEIGHTS in names or bool(folders(path, names, WEIGHTS))
 
 
 def read(path: str) -> Dictionary:
@@ -118,8 +148,8 @@ def read(path: str) -> Dictionary:
 
     Raises UserError for an architecture that has no gate here, and for a normalisation token by token."""
     names = set(files.listdir(path))
-    folders = [path] if WEIGHTS in names else _folders(path, names)
-    parts = sorted((_read_one(folder) for folder in folders), key=lambda part: _in_order(part["read"]))
+    found = [path] if WEIGHTS in names else folders(path, names, WEIGHTS)
+    parts = sorted((_read_one(folder) for folder in found), key=lambda part: _in_order(part["read"]))
     if len(kinds := {part["architecture"] for part in parts}) > 1:
         raise UserError(f"{path}: holds {' and '.join(sorted(kinds))}; load the folders one by one")
     if len({part["written"] for part in parts}) < len(parts):
@@ -142,6 +172,8 @@ def _in_order(site: str) -> tuple[str, int]:
 
 def _gate(path: str, parts: list[dict[str, Any]]) -> gates.Gate:
     sizes = [len(part["weights"][1]) for part in parts]
+    if parts[0]["gated"] is not None:
+        return gated([part["gated"] for part in parts])
     if parts[0]["threshold"] is not None:
         return jumprelu([part["threshold"] for part in parts])
     if parts[0]["k"] is None:
@@ -166,7 +198,9 @@ def _read_one(folder: str) -> dict[str, Any]:
         )
     name = files.join(folder, WEIGHTS)
     tensors = read_tensors(name)
-    W_enc, b_enc, W_dec, b_dec = pick(tensors, name, "W_enc", "b_enc", "W_dec", "b_dec")
+    W_enc, W_dec, b_dec = pick(tensors, name, "W_enc", "W_dec", "b_dec")
+    own = pick(tensors, name, *GATED) if architecture == "gated" else None
+    b_enc = torch.zeros_like(own[0]) if own else pick(tensors, name, "b_enc")[0]
     if "transcoder" not in architecture and facts.get("apply_b_dec_to_input", True):
         b_enc = (b_enc.double() - b_dec.double() @ W_enc.double()).to(b_enc.dtype)
     weights = (W_enc.T, b_enc, W_dec)
@@ -178,6 +212,7 @@ def _read_one(folder: str) -> dict[str, Any]:
         "architecture": architecture,
         "weights": weights,
         "b_dec": b_dec,
+        "gated": own,
         "threshold": pick(tensors, name, "threshold")[0] if "jumprelu" in architecture else None,
         "skip": pick(tensors, name, "W_skip")[0] if "skip" in architecture else None,
         "k": facts.get("k") if architecture == "topk" else None,

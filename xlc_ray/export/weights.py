@@ -45,6 +45,12 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return found
 
 
+def folders(path: str, names: set[str], file: str) -> list[str]:
+    """Those of the names in a directory that are directories with such a file, as paths, sorted."""
+    inner = [files.join(path, name) for name in sorted(names) if "safetensors" not in name]
+    return [folder for folder in inner if files.exists(files.join(folder, file))]
+
+
 def pick(tensors: Mapping[str, Tensor], path: str, *names: str) -> list[Tensor]:
     """Some tensors of a file. Raises UserError naming the first that is not there."""
     for name in names:

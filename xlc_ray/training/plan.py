@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.dictionary import BatchTopKGate, TopKGate
-from xlc_ray.dictionary.dictionary import TILE
+from xlc_ray.dictionary.encoding import TILE
 from xlc_ray.dictionary.selection import SLACK
 from xlc_ray.dictionary.sparse import BREAK_EVEN
 from xlc_ray.dictionary.wiring import Wiring
