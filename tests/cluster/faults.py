@@ -162,7 +162,7 @@ def checkpoint_cut(stage: Stage) -> Outcome:
 def store_away(stage: Stage) -> Outcome:
     """The store's directory is gone until training has stood still for three seconds."""
     path = stage.folder / "store"
-    job = stage.train("store", replicas=2)
+    job = stage.train("outage", replicas=2)
     job.at_step(1)
     failed, away = time.monotonic(), path.with_name("away")
     path.rename(away)

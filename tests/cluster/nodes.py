@@ -20,7 +20,7 @@ from ray.util.state import list_actors
 from xlc_ray.config import Config
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 150.0
+PATIENCE = 300.0
 """Seconds after which what should happen has not."""
 
 

@@ -14,6 +14,7 @@ from xlc_ray.activations import store
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Shards, checkpoint
 from xlc_ray.training import loop, train_alone
+from xlc_ray.training.saving import Stop
 
 EVERY_STEP = {"train.log_every": 1, "train.keep": 9}
 
@@ -125,3 +126,23 @@ def test_what_an_interrupted_save_left_is_cleared_away(small_run, tmp_path):
         (tmp_path / f"run/checkpoints/step_{step}/__0_0.distcp").write_text("half")
     train_alone(small_run({"train.keep": 2}))
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_12", "step_8"]
+
+
+@pytest.mark.parametrize(("in_background", "kept"), [(True, [4, 8]), (False, [4])])
+def test_a_run_that_is_stopped_at_a_checkpoint_loses_no_step(small_run, in_background, kept):
+    config = small_run({"train.async_checkpoints": in_background})
+    loop.prepare(config)
+    data, shards = store.open_store(config.source.path), Shards()
+    reader = loop.in_process(config, data, shards)
+
+    def stop(step, metrics):
+        raise Stop
+
+    with pytest.raises(Stop):
+        loop.train_rank(config, data, shards, reader, torch.device("cpu"), lambda _: None, stop)
+    assert checkpoint.steps(config.out) == kept
+    train_alone(config)
+    whole = config.override({"out": config.out + "_whole"})
+    train_alone(whole)
+    for name, value in final_state(whole).items():
+        assert torch.equal(value, final_state(config)[name]), name

@@ -28,7 +28,7 @@ from xlc_ray.training.machine import GB
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 MOMENTS = 3  # numbers that a checkpoint holds for each parameter: itself and two moments
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 180  # a busy machine takes long to start a process
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,8 @@ def ask(nodes: Sequence[Node], paths: Sequence[str]) -> dict[str, Facts]:
         try:
             answer = ray.get(asked[node], timeout=ANSWER_SECONDS) if node in asked else facts(paths)
         except (GetTimeoutError, RayError) as error:
-            raise UserError(f"cluster: node {node.address} does not answer: {type(error).__name__}") from None
+            raise UserError(
+                f"cluster: node {node.address} gives no answer in {ANSWER_SECONDS} s ({type(error).__name__})"
+            ) from None
         found[f"{node.address} ({node.id[:8]})"] = answer
     return found

@@ -33,6 +33,7 @@ from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training.saving import Stop
 
 POLL_SECONDS = 0.3
 """How often the driver looks for new lines of metrics."""
@@ -78,10 +79,6 @@ def open_or_make(config: Config) -> Store:
     return open_source(config.source)
 
 
-class _Grown(Exception):
-    """A larger layout has room again."""
-
-
 def _worker(settings: dict[str, Any]) -> str | None:
     """One rank: what Ray Train calls in every worker. Returns GROWN where it stopped for a larger layout."""
     config: Config = settings["config"]
@@ -90,7 +87,7 @@ def _worker(settings: dict[str, Any]) -> str | None:
     with Watchdog(config.cluster.hang_timeout_s, stacks, dist.get_rank()) as watchdog:
         try:
             _train_rank(config, place, watchdog)
-        except _Grown:
+        except Stop:  # nodes are back
             return GROWN
     return None
 
@@ -117,7 +114,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
         if place.layout != layouts(config)[0] and step != config.train.steps:
             found = best(config, with_own(nodes_now(free=True), own, config.cluster)) if leader else None
             if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
-                raise _Grown
+                raise Stop
 
     announce = gauges.set if leader else lambda _: gauges.set({})
     loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)

@@ -12,6 +12,10 @@ Saved = Callable[[int, dict[str, Any]], None]
 """Called with the step of a complete checkpoint, and the newest metrics when it was taken."""
 
 
+class Stop(Exception):
+    """Raised by `saved`, on every rank: training ends here, with a checkpoint of where it is."""
+
+
 class Saving:
     """The checkpoints of one rank's run. A context manager, which ends after what is being written."""
 
@@ -21,8 +25,12 @@ class Saving:
         self._untold: tuple[int, dict[str, Any]] | None = None
 
     def save(self, metrics: dict[str, Any]) -> None:
-        """A checkpoint of this step, after the one before."""
-        self.finish()
+        """A checkpoint of this step, after the one before. Raises Stop, after it is complete, where `saved` did."""
+        try:
+            self.finish()
+        except Stop:
+            self._learner.save(self._learner.config.out)
+            raise
         self._learner.save(self._learner.config.out, self._background)
         self._untold = self._learner.step, metrics
         if self._background is None:
