@@ -207,7 +207,14 @@ def _run(settings: SweepConfig, board: Board, search: Search, at_once: int | Non
     tuner.fit()
 
 
-class _Next(Searcher):
+class _Kept:
+    """Tune pickles what it is given, for a resuming of its own that we do not use: nothing of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Next(_Kept, Searcher):
     """Tune asks this for trials."""
 
     def __init__(self, search: Search, board: Board):
@@ -225,7 +232,7 @@ class _Next(Searcher):
         self.search.tell(self.board.rows[self.names[trial_id]])
 
 
-class _Rungs(FIFOScheduler):
+class _Rungs(_Kept, FIFOScheduler):
     """Tune asks this whether a trial goes on."""
 
     def __init__(self, board: Board):
@@ -242,7 +249,7 @@ class _Rungs(FIFOScheduler):
         return TrialScheduler.CONTINUE if on else TrialScheduler.STOP
 
 
-class _Watch(tune.Callback):
+class _Watch(_Kept, tune.Callback):
     """Tune tells this which trials start and which are given up."""
 
     def __init__(self, board: Board):
