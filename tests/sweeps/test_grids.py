@@ -28,6 +28,7 @@ def trials(tmp_path):
             "override.dictionary.gate": BASES[gate],
             "override.train.loss": {"sparsity": {"kind": "l1" if gate != "hard_concrete" else "l0", "coefficient": 1}},
             "override.text.context": 64,
+            "override.train.steps": 300,
             **changes,
         }
         return [trial.config for trial in plan(str(tmp_path / "grid.yaml"), given, None, None)[1]]
