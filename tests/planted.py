@@ -1,8 +1,8 @@
 """Activations whose true features are known: sparse codes times unit directions that were drawn at random.
 
 Each group of a wiring has `n` true features: a direction in what it reads and another in what it writes (one, where it
-writes what it reads), a frequency (ten times as high for the most frequent as for the rarest), and sizes between 0.5 and
-1.5. There are more directions than dimensions, so that no linear map finds them.
+writes what it reads), a frequency (ten times as high for the most frequent as for the rarest), and sizes between 0.5
+and 1.5. There are more directions than dimensions, so that no linear map finds them.
 """
 
 from __future__ import annotations

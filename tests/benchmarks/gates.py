@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks.recipes import GATES, Recipe
 from tests.training.texts import harvest
@@ -36,6 +35,7 @@ from xlc_ray.training import train_alone
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.loop import order_for
 
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4
 ONE = {"model.name": "configs/assets/tiny-austen-gpt2-d64", "text.dataset": "configs/assets/austen.txt"}
 PAIR = {
@@ -200,7 +200,8 @@ def text(found: dict[str, Any]) -> str:
     if "refused" in found:
         return found["refused"]
     variance, l0, dead, recovered, rate = (found[name] for name in COLUMNS)
-    return f"{variance:.3f} · {l0:.1f} · {dead:.1%} · {'-' if recovered is None else f'{recovered:.3f}'} · {rate / 1000:.1f}k"
+    parts = [f"{variance:.3f}", f"{l0:.1f}", f"{dead:.0%}", f"{recovered:.3f}", f"{rate / 1000:.1f}k"]
+    return " · ".join(parts)
 
 
 def table(found: dict[str, Any]) -> str:

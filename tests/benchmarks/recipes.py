@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-WHOLE_RUN = {"kind": "constant", "warmup": 1.0}
+RISING = {"schedule": {"kind": "constant", "warmup": 1.0}}
 """A penalty that rises linearly over the whole run."""
-TWENTIETH = {"kind": "constant", "warmup": 0.05}
+TWENTIETH = {"schedule": {"kind": "constant", "warmup": 0.05}}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Recipe:
         """`gate`, `unit_norm`, for the section `dictionary`."""
         gate = dict(self.gate)
         if gate["kind"] in ("topk", "batchtopk"):
-            gate |= {"k": l0, "threshold_start": steps // 2, "threshold_decay": 0.99}
+            gate |= {"k": l0, "threshold_start": steps * 9 // 10, "threshold_decay": 0.99}
         return {"gate": gate, "unit_norm": self.unit_norm}
 
     def loss(self, l0: int, coefficient: float | None) -> dict[str, Any]:
@@ -52,29 +52,32 @@ def same(value: float) -> dict[str, float]:
 
 
 REVIVED = {"auxk": {}}
-L1 = {"kind": "l1", "schedule": TWENTIETH}
-TANH = {"kind": "tanh", "schedule": WHOLE_RUN}
-COUNT = {"kind": "l0", "coefficient": 10.0, "schedule": TWENTIETH}
+L1 = {"kind": "l1", **TWENTIETH}
+TANH = {"kind": "tanh", **RISING}
+COUNT = {"kind": "l0", **RISING}
 GATES: dict[str, Recipe] = {
-    "relu l1": Recipe({"kind": "relu"}, L1, starts=same(5.0)),
+    "relu l1": Recipe({"kind": "relu"}, L1, starts=same(5.3)),
     "relu tanh": Recipe({"kind": "relu"}, TANH, starts=same(1.4)),
-    "relu lp": Recipe({"kind": "relu"}, {"kind": "lp", "schedule": TWENTIETH}, starts=same(0.56)),
+    "relu lp": Recipe({"kind": "relu"}, {"kind": "lp", **TWENTIETH}, starts=same(0.56)),
     "jumprelu log": Recipe({"kind": "jumprelu"}, TANH, {"preactivation": 3e-6}, starts=same(0.5)),
-    "jumprelu direct": Recipe({"kind": "jumprelu", "parameterisation": "direct", "bandwidth": 0.5}, COUNT),
-    "jumprelu crosslayer": Recipe(
-        {"kind": "jumprelu", "parameterisation": "crosslayer", "bandwidth": 1.0}, TANH, starts=same(0.3)
+    # Adam moves a threshold by the learning rate a step: in a short run it has to start where it is wanted.
+    "jumprelu direct": Recipe(
+        {"kind": "jumprelu", "parameterisation": "direct", "threshold": 0.5, "bandwidth": 0.5}, COUNT, starts=same(0.6)
     ),
-    "gated": Recipe({"kind": "gated"}, L1, unit_norm=True, starts=same(0.5)),
-    "hard_concrete": Recipe({"kind": "hard_concrete"}, COUNT, unit_norm=True),
-    "hard_concrete free": Recipe({"kind": "hard_concrete", "input_dependent": False}, COUNT, unit_norm=True),
-    "gated_hard_concrete": Recipe({"kind": "gated_hard_concrete"}, COUNT, unit_norm=True),
+    "jumprelu crosslayer": Recipe(
+        {"kind": "jumprelu", "parameterisation": "crosslayer", "bandwidth": 1.0}, TANH, starts=same(1.3)
+    ),
+    "gated": Recipe({"kind": "gated"}, L1, unit_norm=True, starts=same(3.3)),
+    "hard_concrete": Recipe({"kind": "hard_concrete"}, COUNT, unit_norm=True, starts=same(1.43)),
+    "gated_hard_concrete": Recipe({"kind": "gated_hard_concrete"}, COUNT, unit_norm=True, starts=same(0.92)),
     "topk": Recipe({"kind": "topk"}, also=REVIVED),
     "batchtopk": Recipe({"kind": "batchtopk"}, also=REVIVED),
+    "batchtopk by norm": Recipe({"kind": "batchtopk", "rank_by": "decoder_norm"}, also=REVIVED),
     "batchtopk matryoshka": Recipe(
         {"kind": "batchtopk"}, also=REVIVED | {"matryoshka": {"prefixes": [0.125, 0.25, 0.5, 1]}}
     ),
     "batchtopk zscore": Recipe({"kind": "batchtopk", "rank_by": "zscore"}, also=REVIVED),
     "custom": Recipe(
-        {"kind": "custom", "path": "examples.own_gate:SoftThreshold", "options": {"start": 0.5}}, L1, starts=same(0.5)
+        {"kind": "custom", "path": "examples.own_gate:SoftThreshold", "options": {"start": 0.5}}, L1, starts=same(3.4)
     ),
 }

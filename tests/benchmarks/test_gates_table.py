@@ -24,7 +24,9 @@ def test_cells_hold_what_the_table_prints_and_are_kept(tmp_path, monkeypatch, ca
     row = capsys.readouterr().out.splitlines()[-2]
     assert row.startswith(f"| batchtopk | {cells['batchtopk']['sae']['explained_variance']:.3f} · ")
     monkeypatch.delattr(gates, "train_alone")
-    assert gates.run(gates.arguments(words))["cells"] == cells
+    again = gates.run(gates.arguments(words))["cells"]
+    for gate in cells:  # the speed is measured each time
+        assert again[gate]["sae"] | {"tokens_per_s": 0} == cells[gate]["sae"] | {"tokens_per_s": 0}
 
 
 def test_what_the_settings_refuse_is_said_in_the_cell(tmp_path, monkeypatch):
