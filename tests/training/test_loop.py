@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.runs import Interrupted, final_state, interrupt_at
@@ -162,6 +163,7 @@ def wandb_records(content: bytes):
 def test_wandb_offline_gets_every_line(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_alone(small_run({"train.wandb": {"project": "tests", "mode": "offline"}}))
+    wandb.teardown()  # waits for the process that writes the file, finish() does not
     (written,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     settings, lines = {}, []
     for data in wandb_records(written.read_bytes()):
