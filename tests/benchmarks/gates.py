@@ -44,7 +44,7 @@ PAIR = {
     "text": {"mixture": [{"dataset": f"configs/assets/{name}.txt"} for name in ("jargon", "austen")]},
 }
 WIRINGS: dict[str, dict[str, Any]] = {
-    "sae": {"kind": "sae"},
+    "sae": {"kind": "sae", "site": "mlp_out"},
     "transcoder": {"kind": "transcoder"},
     "clt": {"kind": "clt"},
     "crosscoder": {"kind": "crosscoder"},

@@ -25,7 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
 from tests.activations.build import make
-from tests.cluster.nodes import ROOT, Job, Nodes, actors, wait_for, workers
+from tests.cluster.actors import actors
+from tests.cluster.nodes import ROOT, Job, Nodes, wait_for, workers
 from tests.runs import SITES, settings_in
 from xlc_ray.activations import store
 from xlc_ray.config import Config, load_config

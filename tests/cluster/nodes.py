@@ -15,8 +15,8 @@ from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
 
+from tests.cluster.actors import actors
 from xlc_ray.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -66,12 +66,6 @@ class Nodes:
         ray.shutdown()
         self.cluster.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)  # Ray's last processes may still write there
-
-
-def actors(name: str) -> list:
-    """Actors of a class that live."""
-    found = list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=30)
-    return [actor for actor in found if name in actor.class_name]
 
 
 def workers() -> list:

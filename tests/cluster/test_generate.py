@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray.util.state
 import torch
 
+from tests.cluster.actors import actors
 from xlc_ray.activations import store
 from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
 from xlc_ray.activations.text import (
@@ -227,5 +227,4 @@ def test_a_killed_model_actor_changes_nothing(cluster, config, tmp_path):
 
 def harvesters() -> list[int]:
     """Process ids of the language-model actors."""
-    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], detail=True)
-    return [actor.pid for actor in actors if "Harvester" in actor.class_name]
+    return [actor.pid for actor in actors("Harvester")]

@@ -14,6 +14,7 @@ import ray
 from ray.util.state import list_placement_groups
 
 import xlc_ray as xlc
+from tests.cluster.actors import address
 from tests.config.tree import ROOT
 from tests.sweeps.make import sweep_in
 from xlc_ray import files
@@ -53,7 +54,7 @@ def test_more_trials_than_fit_give_the_frame_of_one_process_and_all_workers_back
     found = sweep(path).frame()
     assert set(found["state"]) == {"finished"}
     assert_same(found, sweep(path, {"out": str(tmp_path / "local")}, local=True).frame())
-    assert [group.state for group in list_placement_groups() if group.state != "REMOVED"] == []
+    assert [group.state for group in list_placement_groups(address()) if group.state != "REMOVED"] == []
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from ray.util.state import list_actors
 
+from tests.cluster.actors import actors
 from tests.runs import small_run_in
 from xlc_ray.cluster.train import train
 from xlc_ray.config import UserError
@@ -71,8 +71,7 @@ def test_killed_worker_costs_only_the_steps_since_the_last_checkpoint(cluster, s
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not checkpoint.steps(config.out):
             time.sleep(0.05)
-        alive = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-        os.kill(alive[0].pid, signal.SIGKILL)
+        os.kill(actors("RayTrainWorker")[0].pid, signal.SIGKILL)
         killed.set()
 
     thread = threading.Thread(target=kill_one)
@@ -83,9 +82,9 @@ def test_killed_worker_costs_only_the_steps_since_the_last_checkpoint(cluster, s
     alone = config.override({"out": config.out + "_alone", "cluster.tensor_parallel": 1})
     train_alone(alone)
     assert_same(config, alone)
-    assert [line["step"] for line in logs.read(config.out)] == [1, *range(10, 401, 10)] or (
-        logs.read(config.out)[-1]["step"] == 400
-    )
+    logged = [line["step"] for line in logs.read(config.out)]
+    assert {1, *range(10, 401, 10)} < set(logged), "and the first step after the failure"
+    assert logged == sorted(set(logged))
 
 
 def test_damaged_chunk_is_one_line_before_anything_starts(cluster, small_run, tmp_path):

@@ -20,7 +20,7 @@ from xlc_ray.dictionary import checkpoint
 from xlc_ray.training import logs, train_alone
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("tokens_per_s", "data_wait")
+TIMES = ("tokens_per_s", "step_s", "data_wait")
 
 
 def ranks(world: int, tp: int, folder: Path, task: str, cases: list[str]) -> None:
