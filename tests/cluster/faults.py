@@ -5,7 +5,7 @@
 prints a table, and writes a list of {failure, recovered, parameters_equal, seconds_to_recover, steps_lost}.
 seconds_to_recover: from the failure to the first step (chunk) made after it, the starts of processes included.
 steps_lost: steps that were made again. parameters_equal: to 1e-9, in float64, with a run in one process that nothing
-disturbed; of generation: the bytes of all chunk files.
+disturbed; of generation: the bytes of all chunk files. Cases in ON_HOSTS need root, and are left out without it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
 from tests.activations.build import make
+from tests.cluster import hosts
 from tests.cluster.actors import actors
+from tests.cluster.hosts import Hosts
 from tests.cluster.nodes import ROOT, Job, Nodes, wait_for, workers
 from tests.runs import SITES, settings_in
 from xlc_ray.activations import store
@@ -52,7 +55,7 @@ class Outcome:
 class Stage:
     """The cluster, a folder, the store, and the result of an undisturbed run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: type[Nodes]) -> None:
         self.folder = folder
         make(folder / "store", [2000, 2000, 823], dtype="float32", sites=SITES)
         changes = {
@@ -65,7 +68,7 @@ class Stage:
             "cluster.hang_timeout_s": 120.0,
         }
         self.settings = settings_in(folder, changes)
-        self.nodes = Nodes(NODES)
+        self.nodes = nodes(NODES)
         self.reference = self.config("undisturbed")
         train_alone(self.reference)
 
@@ -228,6 +231,17 @@ def model_actor_killed(stage: Stage) -> Outcome:
     return Outcome("language-model actor killed while generating", ended, equal, round(recovered - failed, 1), 0)
 
 
+def host_cut_off(stage: Stage) -> Outcome:
+    """A host's network goes down: its processes live, and reach nobody."""
+    job = stage.train("plug", replicas=2)
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    assert isinstance(stage.nodes, Hosts)
+    stage.nodes.cut_off(workers()[0].node_id)
+    wait_for("the worker group's end", lambda: "a worker failed" in job.output() or "no step for" in job.output(), job)
+    return stage.outcome("host cut off from the network, a spare is there", job, failed, len(job.steps()))
+
+
 def chunks(path: Path) -> dict[str, bytes]:
     """Chunk files of both splits."""
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("chunk_*.hdf5"))}
@@ -244,26 +258,42 @@ CASES: dict[str, Callable[[Stage], Outcome]] = {
         store_away,
         worker_hangs,
         model_actor_killed,
+        host_cut_off,
     )
 }
+ON_HOSTS = ("host_cut_off",)
+"""Cases that need nodes with a network between them."""
+
+
+def possible() -> list[str]:
+    """The cases that this machine allows."""
+    return [name for name in CASES if name not in ON_HOSTS or hosts.allowed()]
+
+
+def happened(names: list[str], network: bool) -> Iterator[dict[str, Any]]:
+    """The lines of some cases, on a cluster of theirs."""
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    stage = Stage(folder, Hosts if network else Nodes)
+    try:
+        for name in names:
+            yield asdict(CASES[name](stage))
+    finally:
+        stage.nodes.close()
+        shutil.rmtree(folder)
 
 
 def main() -> None:
     """Run the cases and show the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", metavar="FILE", help="write the table there too")
-    options.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    options.add_argument("--only", nargs="+", choices=CASES, default=possible(), metavar="NAME", help=", ".join(CASES))
     given = options.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="faults"))
-    stage = Stage(folder)
     found = []
-    try:
-        for name in given.only:
-            found.append(asdict(CASES[name](stage)))
-            print(json.dumps(found[-1]), flush=True)
-    finally:
-        stage.nodes.close()
-        shutil.rmtree(folder)
+    for network in (False, True):
+        if names := [name for name in given.only if (name in ON_HOSTS) == network]:
+            for line in happened(names, network):
+                print(json.dumps(line), flush=True)
+                found.append(line)
     print("\n| failure | recovered after | steps made again | parameters equal |\n|---|---|---|---|")
     for o in found:
         after = f"{o['seconds_to_recover']:.0f} s" if o["recovered"] else "not"

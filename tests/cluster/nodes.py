@@ -38,10 +38,10 @@ def wait_for(what: str, happened: Callable[[], object], job: Job | None = None, 
 class Nodes:
     """A head without CPUs, and nodes of one CPU each, which is room for one worker of 0.6."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, **of_head: object) -> None:
         os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
         self.folder = tempfile.mkdtemp(prefix="ray")  # the paths of sockets must be short
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": self.folder}
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": self.folder} | of_head
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.others = [self.add() for _ in range(count)]
         ray.init(address=self.cluster.address, log_to_driver=False)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cluster.faults import CASES, EVERY
+from tests.cluster.faults import CASES, EVERY, possible
 from tests.cluster.nodes import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -21,11 +21,13 @@ def table(tmp_path_factory):
     command = [sys.executable, "tests/cluster/faults.py", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert file.exists(), done.stdout + done.stderr
-    return dict(zip(CASES, json.loads(file.read_text()), strict=True))
+    return dict(zip(possible(), json.loads(file.read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(table, case):
+    if case not in table:
+        pytest.skip("network namespaces need root")
     found = table[case]
     assert found["recovered"]
     assert found["parameters_equal"]

@@ -18,12 +18,13 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig  # ray.train's, with their own types
 
 from xlc_ray import files
 from xlc_ray.cluster import watchdog
 from xlc_ray.cluster.cli import find_user_error
+from xlc_ray.cluster.network import Torch
 from xlc_ray.cluster.placement import Place, best, layouts, nodes_now
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint
@@ -111,7 +112,7 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str) -> Torc
             resources_per_worker=resources,
             label_selector=[{"ray.io/node-id": node} for node in place.nodes],
         ),
-        torch_config=TorchConfig(
+        torch_config=Torch(
             backend="nccl" if gpus else "gloo", timeout_s=int(cluster.hang_timeout_s + 12 * watchdog.GRACE)
         ),
         run_config=RunConfig(

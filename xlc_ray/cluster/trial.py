@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from xlc_ray import files
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.gauges import Gauges
+from xlc_ray.cluster.network import listen_on_nodes_interface
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Shards
 from xlc_ray.sweeps.rank import PREFIX, TrialRank, measured
@@ -61,6 +62,7 @@ class Member:
         device = torch.device("cuda" if cluster.gpus_per_worker else "cpu")
         shards = Shards()
         if meeting:
+            listen_on_nodes_interface()
             backend = "nccl" if cluster.gpus_per_worker else "gloo"
             dist.init_process_group(backend, init_method=meeting, rank=number, world_size=world)
             shards = Shards.of_world(cluster.tensor_parallel, device.type)
