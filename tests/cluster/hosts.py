@@ -64,7 +64,6 @@ class Hosts(Nodes):
         ip("addr", "add", f"{SUBNET}.1/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
         super().__init__(count, node_ip_address=f"{SUBNET}.1")
-        assert all(host.node_id for host in self.others)
 
     def add(self) -> Host:
         """One more host."""
@@ -85,7 +84,9 @@ class Hosts(Nodes):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return Host(name, address, process)
+        host = Host(name, address, process)
+        assert host.node_id, "one joins after another: they choose names in one folder"
+        return host
 
     def cut_off(self, node_id: str) -> None:
         """Pull a host's plug: its processes live, and reach nobody."""

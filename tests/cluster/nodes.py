@@ -43,8 +43,9 @@ class Nodes:
         self.folder = tempfile.mkdtemp(prefix="ray")  # the paths of sockets must be short
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": self.folder} | of_head
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.others = [self.add() for _ in range(count)]
         ray.init(address=self.cluster.address, log_to_driver=False)
+        self.others = []
+        self.fill(count)
 
     def add(self):
         """One more node."""
