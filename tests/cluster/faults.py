@@ -19,80 +19,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
-from tests.activations.build import make
 from tests.cluster import hosts
 from tests.cluster.actors import actors
 from tests.cluster.hosts import Hosts
 from tests.cluster.nodes import ROOT, Job, Nodes, wait_for, workers
-from tests.runs import SITES, settings_in
+from tests.cluster.stage import EVERY, NODES, Outcome, Stage
 from xlc_ray.activations import store
-from xlc_ray.config import Config, load_config
+from xlc_ray.config import load_config
 from xlc_ray.dictionary import checkpoint
-from xlc_ray.training import train_alone
 
-STEPS, EVERY = 240, 60
-NODES = 3
 HANG = 20.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One line of the table."""
-
-    failure: str
-    recovered: bool
-    parameters_equal: bool
-    seconds_to_recover: float
-    steps_lost: int
-
-
-class Stage:
-    """The cluster, a folder, the store, and the result of an undisturbed run."""
-
-    def __init__(self, folder: Path, nodes: type[Nodes]) -> None:
-        self.folder = folder
-        make(folder / "store", [2000, 2000, 823], dtype="float32", sites=SITES)
-        changes = {
-            "train.steps": STEPS,
-            "train.checkpoint_every": EVERY,
-            "train.log_every": 1,
-            "train.precision": "float64",
-            "train.batch_tokens": 48,
-            "cluster.cpus_per_worker": 0.6,
-            "cluster.hang_timeout_s": 120.0,
-        }
-        self.settings = settings_in(folder, changes)
-        self.nodes = nodes(NODES)
-        self.reference = self.config("undisturbed")
-        train_alone(self.reference)
-
-    def config(self, name: str, **cluster: object) -> Config:
-        """Settings of a run."""
-        changes = {f"cluster.{key}": value for key, value in cluster.items()}
-        return self.settings.override({"out": str(self.folder / name), **changes})
-
-    def train(self, name: str, **cluster: object) -> Job:
-        """A training job, once all nodes are there."""
-        self.nodes.fill(NODES)
-        return Job("train", self.config(name, **cluster), self.nodes)
-
-    def outcome(self, failure: str, job: Job, failed: float, made: int, recovered: float | None = None) -> Outcome:
-        """What became of a run that failed when `made` lines of metrics were there."""
-        recovered = recovered or job.goes_on(made)
-        ended = job.finish() == 0 and checkpoint.steps(job.config.out)[-1:] == [STEPS]
-        again = job.steps()[made - 1] + 1 - job.steps()[made]
-        return Outcome(failure, ended, ended and self.equal(job), round(recovered - failed, 1), again)
-
-    def equal(self, job: Job) -> bool:
-        """Whether the parameters are those of the undisturbed run."""
-        found, wanted = (checkpoint.load_dictionary(c.out)[0].state_dict() for c in (job.config, self.reference))
-        return all((found[name] - value).abs().max() <= 1e-9 for name, value in wanted.items())
 
 
 def worker_killed(stage: Stage) -> Outcome:

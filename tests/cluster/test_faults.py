@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from tests.cluster.faults import CASES, EVERY, possible
+from tests.cluster.faults import CASES, possible
 from tests.cluster.nodes import ROOT
+from tests.cluster.stage import EVERY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -31,4 +32,5 @@ def test_the_run_goes_on_and_ends_as_if_nothing_had_happened(table, case):
     found = table[case]
     assert found["recovered"]
     assert found["parameters_equal"]
-    assert 0 <= found["steps_lost"] <= EVERY
+    # A checkpoint that was cut does not count, nor do the steps made while it was being written.
+    assert 0 <= found["steps_lost"] <= (2 * EVERY if case == "checkpoint_cut" else EVERY)
