@@ -1,11 +1,13 @@
 """The benchmarks run, compare equals, and write what they promise. No figure is judged: that is RESULTS.md's matter."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from tests.benchmarks import scaling, step
+from tests.benchmarks import scaling, step, sweeps
+from tests.training import texts
 
 TINY = ["--layers", "2", "--width", "8", "--features", "64", "--batch", "32", "--k", "4"]
 TINY += ["--repeats", "2", "--threads", "1", "--device", "cpu"]
@@ -75,3 +77,30 @@ def test_scaling_walks_the_axes_asked_for(capsys):
     assert rows[1]["growth"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"] / 2)
     assert [row["work"] for row in found["axes"]["k"]] == [rows[1]["work"]] * 2
     assert "per unit of encoder work" in scaling.table(found)
+
+
+def test_one_stream_reads_once_and_changes_no_bit(tmp_path, capsys, monkeypatch):
+    config = texts.settings(tmp_path, {"train.end_to_end": None, "train.loss": {}})
+    texts.harvest(config, [f"resid_post.{layer}" for layer in range(4)])
+    (tmp_path / "run.yaml").write_text(config.yaml())
+    words = ["--config", str(tmp_path / "run.yaml"), "--wiring", "sae", "--steps", "3", "--batch", "60"]
+    words = ["shared", *words, "--features", "48", "--trials", "3", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["sweeps.py", *words, "--json", str(tmp_path / "found.json")])
+    sweeps.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["store"]["shared"]["rows"], found["store"]["alone"]["rows"]) == (180, 3 * 180)
+    assert found["store"]["alone"]["bytes"] == 3 * found["store"]["shared"]["bytes"] > 0
+    assert found["model"]["alone"]["model_tokens"] == 3 * found["model"]["shared"]["model_tokens"] > 0
+    assert found["model"]["shared"]["rows"] == 0
+    assert found["store"]["equal_bits"]
+    assert found["model"]["equal_bits"]
+    assert "3 trials on one stream" in capsys.readouterr().out
+
+
+def test_a_frontier_is_compared_at_the_points_of_the_other():
+    full = [(8.0, 0.4), (32.0, 0.2), (128.0, 0.1)]
+    assert sweeps.worst_excess(full, full) == pytest.approx(0)
+    assert sweeps.worst_excess(full, [full[0], full[2]]) == pytest.approx(0), "on the line between"
+    assert sweeps.worst_excess(full, [full[0], (32.0, 0.21), full[2]]) == pytest.approx(0.05)
+    assert sweeps.worst_excess(full, full[:2]) == pytest.approx(1)
+    assert sweeps.worst_excess(full, full[1:]) == math.inf

@@ -78,6 +78,35 @@ def test_a_crash_is_retried_from_the_last_stop_and_a_hopeless_trial_is_failed_al
     assert files.read_json(str(tmp_path / "sweep/sweep.json"))["failed"] == 1
 
 
+@pytest.mark.slow
+def test_trials_that_share_a_stream_on_two_ranks_are_those_of_one_process(cluster, written, tmp_path):
+    """Cut trials leave their group, which goes on; two streams, by the number of ranks."""
+    space = GATES | {"cluster.replicas": {"choice": [2], "when": {"dictionary.gate.kind": "topk"}}}
+    path = written(space=space, asha={"grace": 4, "reduction": 2}, share_activations=True)
+    found = sweep(path).frame()
+    assert sorted(found["state"]) == ["finished", "finished", "stopped", "stopped"]
+    by_gate = found.groupby("dictionary.gate.kind")["state"].agg(sorted)
+    assert by_gate["topk"] == by_gate["batchtopk"] == ["finished", "stopped"], "one of each group leaves the other"
+    alone = sweep(path, {"out": str(tmp_path / "alone"), "asha": None, "share_activations": False}, local=True).frame()
+    done = found["state"] == "finished"
+    assert_same(found[done], alone[done])
+
+
+@pytest.mark.slow
+def test_a_group_that_crashes_parts_and_only_the_trial_at_fault_fails(cluster, written, tmp_path):
+    gates = [{"kind": "relu"}, BROKEN | {"options": {"at": 6}}, {"kind": "topk", "k": 2}]
+    changes = {"cluster.max_failures": 1, "train.loss": {}}
+    path = written(space={"dictionary.gate": {"choice": gates}}, share_activations=True, changes=changes)
+    found = sweep(path).frame()
+    assert list(found["state"]) == ["finished", "failed", "finished"]
+    assert "this gate never works" in found["error"][1]
+    gates[1] = BROKEN | {"options": {"at": 6, "mistake": True}}
+    path = written(space={"dictionary.gate": {"choice": gates}}, share_activations=True, changes=changes)
+    found = sweep(path, {"out": str(tmp_path / "mistaken")}).frame()
+    assert list(found["state"]) == ["finished", "failed", "finished"]
+    assert found["error"][1] == "gate: a mistake"
+
+
 def test_a_trial_larger_than_the_cluster_is_said_at_once(cluster, written):
     with pytest.raises(UserError, match="trial replicas=5 needs 5 CPUs at once, the cluster has 4"):
         sweep(written(space={"cluster.replicas": {"choice": [1, 5]}}, changes={"cluster.cpus_per_worker": 1}))

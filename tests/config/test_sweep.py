@@ -81,6 +81,8 @@ def test_overrides_reach_the_sweep_its_base_and_single_axes(load):
         ),
         ({"asha": {"grace": 3, "rungs": [4]}}, "rungs = [4] must rise, and begin with grace = 3"),
         ({"asha": {"grace": 3}, "space.train.steps": {"choice": [1, 2]}}, "rungs compare trials of equal length"),
+        ({"share_activations": True, "search": {"kind": "optuna", "num_samples": 2}}, "optuna chooses trials by what"),
+        ({"resources.sharing": 2}, "resources.sharing: does nothing without share_activations: true"),
         ({"base": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
     ],
 )

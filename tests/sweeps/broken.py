@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 
+from xlc_ray.config import UserError
 from xlc_ray.dictionary import gates
 
 
 class Broken(gates.ReLU):
-    """Ends its process at a step while the file `until` is missing, or raises there."""
+    """Ends its process at a step while the file `marker` is missing, or raises there: as a user's mistake, or not."""
 
-    def __init__(self, sizes, shards, at: int, marker: str | None = None):
+    def __init__(self, sizes, shards, at: int, marker: str | None = None, mistake: bool = False):
         super().__init__(sizes, shards)
-        self.at, self.marker = at, marker
+        self.at, self.marker, self.mistake = at, marker, mistake
 
     def start_step(self, step: int, steps: int) -> None:
         super().start_step(step, steps)
         if step != self.at:
             return
+        if self.mistake:
+            raise UserError("gate: a mistake")
         if self.marker is None:
             raise RuntimeError("this gate never works")
         if not os.path.exists(self.marker):

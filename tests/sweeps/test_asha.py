@@ -14,6 +14,10 @@ def metrics(l0, fvu):
     return {"l0": l0, "fvu": fvu}
 
 
+def goes_on(halving, trial, step, found):
+    return halving.go_on(step, {trial: found})[trial]
+
+
 @pytest.mark.parametrize(
     ("asha", "last", "wanted"),
     [
@@ -32,25 +36,36 @@ def test_rungs_are_below_the_last_step(asha, last, wanted):
 def test_halving_keeps_the_best_share_of_those_that_came():
     halving = Halving((10,), 3, "fvu")
     came = [5, 1, 4, 3, 2, 9, 8, 7, 0]
-    on = [halving.goes_on(f"t{v}", 10, {"fvu": v}) for v in came]
+    on = [goes_on(halving, f"t{v}", 10, {"fvu": v}) for v in came]
     # The n-th goes on with fewer than n / 3 better ones: none of 1 to 3, at most one of 4 to 6, at most two of 7 to 9.
     assert on == [True, True, False, True, True, False, False, False, True]
 
 
 def test_halving_decides_at_rungs_and_only_once():
     halving = Halving((10,), 2, "fvu")
-    assert halving.goes_on("a", 7, {"fvu": 1.0})
-    assert halving.goes_on("a", 10, {"fvu": 1.0})
-    assert not halving.goes_on("b", 10, {"fvu": 2.0})
-    assert halving.goes_on("c", 10, {"fvu": 0.5})
-    assert halving.goes_on("a", 10, {"fvu": 1.0}), "a restarted trial is told the same"
-    assert not halving.goes_on("d", 10, {"fvu": math.nan})
+    assert goes_on(halving, "a", 7, {"fvu": 1.0})
+    assert goes_on(halving, "a", 10, {"fvu": 1.0})
+    assert not goes_on(halving, "b", 10, {"fvu": 2.0})
+    assert goes_on(halving, "c", 10, {"fvu": 0.5})
+    assert goes_on(halving, "a", 10, {"fvu": 1.0}), "a restarted trial is told the same"
+    assert not goes_on(halving, "d", 10, {"fvu": math.nan})
 
 
 def test_halving_keeps_the_whole_frontier_and_cuts_what_is_behind():
     halving = Halving((10,), 2, "frontier")
     curve = {8: 0.4, 32: 0.2, 128: 0.1}
     for l0, fvu in curve.items():
-        assert halving.goes_on(f"good{l0}", 10, metrics(l0, fvu))
-    assert [halving.goes_on(f"bad{l0}", 10, metrics(l0, 1.3 * fvu)) for l0, fvu in curve.items()] == [False] * 3
-    assert [halving.goes_on(f"new{l0}", 10, metrics(l0, 0.97 * fvu)) for l0, fvu in curve.items()] == [True] * 3
+        assert goes_on(halving, f"good{l0}", 10, metrics(l0, fvu))
+    assert [goes_on(halving, f"bad{l0}", 10, metrics(l0, 1.3 * fvu)) for l0, fvu in curve.items()] == [False] * 3
+    assert [goes_on(halving, f"new{l0}", 10, metrics(l0, 0.97 * fvu)) for l0, fvu in curve.items()] == [True] * 3
+
+
+def test_trials_that_come_together_are_compared_with_all_of_them():
+    halving = Halving((10,), 2, "fvu")
+    assert halving.go_on(10, {"a": {"fvu": 3.0}, "b": {"fvu": 1.0}, "c": {"fvu": 2.0}, "d": {"fvu": 4.0}}) == {
+        "a": False,
+        "b": True,
+        "c": True,
+        "d": False,
+    }
+    assert halving.go_on(7, {"a": {"fvu": 3.0}}) == {"a": True}

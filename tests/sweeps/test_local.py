@@ -16,12 +16,12 @@ import xlc_ray as xlc
 from tests.runs import small_run_in
 from tests.sweeps.make import sweep_in
 from xlc_ray import evaluation, files
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import Store, open_store
 from xlc_ray.cluster.sweep import dry_run, sweep
 from xlc_ray.config import UserError
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.sweeps import local
-from xlc_ray.training import train_alone
+from xlc_ray.training import Learner, train_alone
 
 GATES = {
     "dictionary.gate": {"choice": [{"kind": "batchtopk", "k": 3, "threshold_start": 3}, {"kind": "topk", "k": 2}]},
@@ -76,15 +76,15 @@ def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
 
 
 def test_a_sweep_that_was_killed_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
-    path = written(space=GATES, asha=ASHA)
+    path, step = written(space=GATES, asha=ASHA), Learner.train_on
     whole = sweep(path, local=True).frame()
     calls, real = [], local.TrialRank.measure
 
-    def killed(self, dictionary):
-        calls.append(self.config.out)
+    def killed(self, task, dictionary):
+        calls.append(task.config.out)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(self, dictionary)
+        return real(self, task, dictionary)
 
     monkeypatch.setattr(local.TrialRank, "measure", killed)
     again = str(tmp_path / "again")
@@ -93,11 +93,70 @@ def test_a_sweep_that_was_killed_gives_the_frame_of_one_that_was_not(written, tm
     assert set(xlc.Sweep(again).frame()["state"]) >= {"waiting", "running"}
     monkeypatch.undo()
     trained = []
-    monkeypatch.setattr(local.TrialRank, "advance", lambda self: trained.append(self.config.out) or next(self.parts))
+    monkeypatch.setattr(Learner, "train_on", lambda self, *given: trained.append(self.config.out) or step(self, *given))
     resumed = sweep(resume=again, local=True).frame()
     pd.testing.assert_frame_equal(resumed.drop(columns="out"), whole.drop(columns="out"))
     assert calls[0] not in trained, "the first trial had finished"
     assert trained
+
+
+def test_trials_that_share_give_the_frame_of_trials_alone_from_one_read(written, tmp_path, monkeypatch):
+    space = GATES | {"seed": {"choice": [0, 1], "when": {"dictionary.gate.kind": "topk"}}}
+    path = written(space=space)
+    alone = sweep(path, local=True).frame()
+    read, gather = [], Store.gather
+
+    def counted(self, *given):
+        read.extend([len(given[1])] * (self.path == str(tmp_path / "store")))
+        return gather(self, *given)
+
+    monkeypatch.setattr(Store, "gather", counted)
+    shared = sweep(path, {"share_activations": True, "out": str(tmp_path / "shared")}, local=True).frame()
+    pd.testing.assert_frame_equal(shared.drop(columns="out"), alone.drop(columns="out"))
+    assert sum(read) == 2 * 12 * 40, "a stream a seed"
+    for mine, theirs in zip(shared["out"], alone["out"], strict=True):
+        assert torch.equal(load_dictionary(mine)[0].groups[1].W_dec, load_dictionary(theirs)[0].groups[1].W_dec)
+    read.clear()
+    parts = {"share_activations": True, "resources.sharing": 2, "out": str(tmp_path / "parts")}
+    sweep(path, parts, local=True)
+    assert sum(read) == 3 * 12 * 40, "of the first seed's four, two at a time"
+
+
+def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
+    """By halving, too: trials of a stream come to a rung together, whenever the sweep was killed."""
+    path, step = written(space=GATES, asha=ASHA, share_activations=True), Learner.train_on
+    whole = sweep(path, local=True).frame()
+    assert sorted(set(whole["state"])) == ["finished", "stopped"]
+    done = []
+
+    def killed(self, *given):
+        done.append(self.step)
+        if len(done) == kill:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    for kill in (7, 17, 24):
+        done.clear()
+        again = str(tmp_path / f"killed{kill}")
+        monkeypatch.setattr(Learner, "train_on", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(path, {"out": again}, local=True)
+        monkeypatch.undo()
+        frame = sweep(resume=again, local=True).frame()
+        pd.testing.assert_frame_equal(frame.drop(columns="out"), whole.drop(columns="out"))
+
+
+def test_of_trials_that_share_only_the_one_at_fault_fails(written, tmp_path):
+    space = {"train.lr": {"choice": [0.01, 1e300, 0.003]}}
+    frame = sweep(written(space=space, share_activations=True), local=True).frame()
+    assert list(frame["state"]) == ["finished", "failed", "finished"]
+    assert "gradient norm" in frame["error"][1]
+    mistaken = {"kind": "custom", "path": "tests.sweeps.broken:Broken", "options": {"at": 6, "mistake": True}}
+    gates = {"dictionary.gate": {"choice": [{"kind": "relu"}, mistaken]}}
+    out = {"out": str(tmp_path / "mistaken")}
+    frame = sweep(written(space=gates, share_activations=True, changes={"train.loss": {}}), out, local=True).frame()
+    assert list(frame["state"]) == ["finished", "failed"]
+    assert frame["error"][1] == "gate: a mistake"
 
 
 def test_a_trial_that_diverges_is_failed_and_the_others_go_on(written):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import math
+import re
 from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -63,13 +68,53 @@ def test_the_best_says_how_it_was_found(found):
         found.best("fvu", at={"l0": 1, "fvu": 2})
 
 
-def test_the_page_shows_every_measured_trial_and_escapes_words(found, tmp_path):
-    page = (tmp_path / found.plot(str(tmp_path / "frontier.html"))).read_text()
-    assert page.count("<circle") == 4
-    assert page.count('class="dot best"') == 3
-    assert "<memory>" not in page
-    assert "train.lr = 0.1" in page
-    assert "http" not in page.replace("http-equiv", "")
+def page_of(found, tmp_path):
+    return ElementTree.fromstring(
+        Path(found.plot(str(tmp_path / "report.html"))).read_text().partition("<main>")[2].partition("<script>")[0]
+        .join(("<main>", "</main>"))
+    )  # fmt: skip
+
+
+def test_the_page_shows_every_measured_trial_and_asks_nobody(found, tmp_path):
+    page = page_of(found, tmp_path)
+    (frontier, _) = page.iter("svg")
+    assert [dot.get("class") for dot in frontier.iter("circle")] == [
+        "dot best", "dot best", "dot finished", "dot best",
+    ]  # fmt: skip
+    assert "train.lr = 0.1" in next(frontier.iter("title")).text
+    table = [[cell.text for cell in row] for row in page.iter("tr")]
+    assert [row[0] for row in table] == ["trial", "a", "b", "c", "d", "e"]
+    assert table[-1][-1] == "no <memory>"
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href|url\(|@import|http)", text)
+
+
+def test_the_page_draws_settings_that_differ_and_where_trials_were_cut(tmp_path):
+    settings = [{"train.lr": lr, "seed": 1} | ({"dictionary.gate.k": k} if k else {}) for lr, k in
+                ((0.1, 8), (0.001, 16), (0.1, None))]  # fmt: skip
+    rows = [row(name, *POINTS[name], settings=s) for name, s in zip("abc", settings, strict=True)]
+    rows[1] = dataclasses.replace(rows[1], state="stopped", step=4)
+    counts = {"trials": 3, "finished": 2, "stopped": 1, "failed": 0, "share_of_full_steps": 0.8, "rungs": [4]}
+    files.write_json(f"{tmp_path}/sweep.json", counts | {"rows": [asdict(r) for r in rows]})
+    for r in rows:
+        lines = [{"step": step, "explained_variance": 1 - 1 / step} for step in range(2, r.step + 1)]
+        files.write_bytes(
+            f"{tmp_path}/trials/{r.trial}/metrics.jsonl", "".join(map(json.dumps, lines)).replace("}{", "}\n{").encode()
+        )
+    _, parallel, curves = page_of(xlc.Sweep(str(tmp_path)), tmp_path).iter("svg")
+    names = [text.find("title").text for text in parallel.iter("text") if text.find("title") is not None]
+    assert names == ["train.lr", "dictionary.gate.k", "l0", "fvu"], "the seed is that of all"
+    heights = {
+        line.get("data-t"): [p.split(",")[1] for p in line.get("points").split()] for line in parallel.iter("polyline")
+    }
+    assert heights["0"][0] == heights["2"][0] != heights["1"][0]
+    assert heights["2"][1] == "330.0", "without a k"
+    (rung,) = [line for line in curves.iter("line") if line.get("class") == "rung"]
+    (cut,) = [dot for dot in curves.iter("circle") if "cut" in dot.get("class")]
+    assert (cut.get("data-t"), cut.get("cx")) == ("1", rung.get("x1"))
+    ends = {line.get("data-t"): line.get("points").split()[-1] for line in curves.iter("polyline")}
+    assert ends["1"] == f"{cut.get('cx')},{cut.get('cy')}"
+    assert ends["0"] == ends["2"]
 
 
 def test_a_directory_without_a_sweep_is_refused(tmp_path):

@@ -1,37 +1,35 @@
-"""Sweeps as a job: trials under Ray Tune, each a worker group of its own, judged at rungs by a board in the driver."""
+"""Sweeps as a job: what is checked before, which trials train together, and what is kept."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
-
 from xlc_ray import files
+from xlc_ray.activations.store import Store
+from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.session import connect, output_root, require, resolve, run_path
 from xlc_ray.cluster.train import open_or_make
-from xlc_ray.cluster.trial import Task, TrialGroup, bundles
-from xlc_ray.config import Config, UserError, yaml_text
+from xlc_ray.cluster.tuning import run_trials
+from xlc_ray.config import UserError, yaml_text
 from xlc_ray.config.sweep import SweepConfig, read_tree, sweep_of
 from xlc_ray.sweeps import grids
 from xlc_ray.sweeps.asha import rungs
 from xlc_ray.sweeps.board import Board, read_rows
-from xlc_ray.sweeps.local import run_trial
+from xlc_ray.sweeps.local import run_group
 from xlc_ray.sweeps.rank import PREDICTED
 from xlc_ray.sweeps.result import Sweep
-from xlc_ray.sweeps.search import Search, make_search
+from xlc_ray.sweeps.search import Listed, Search, make_search
 from xlc_ray.sweeps.space import Trial, corners, flatten, settings_of, trials
 from xlc_ray.sweeps.table import Table
-from xlc_ray.training import loop
+from xlc_ray.training import together
 
 SETTINGS = "sweep.yaml"
-FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "resources", "base.cluster", "base.out")
+REPORT = "report.html"
+FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "share_activations", "resources",
+        "base.cluster", "base.out")  # fmt: skip
 """Settings that may differ when a sweep goes on."""
 
 
@@ -46,9 +44,9 @@ def sweep(
     """Run the trials of a sweep's YAML, or go on with the sweep in the directory `resume`.
 
     `overrides`: {dotted path: value}, of the sweep's settings. `limit`: only the first so many trials. `local`: one
-    after another in this process. The same call again goes on too; trials that finished or were cut are kept, failed
-    ones are tried again. Raises UserError where settings, store or cluster do not allow it; a trial that fails does not
-    end the others.
+    after another, or those of a stream together, in this process. The same call again goes on too; what finished or was
+    cut is kept, what failed is tried again. Raises UserError where settings, store or cluster do not allow it; a trial
+    that fails does not end the others.
     """
     settings, listed = plan(path, overrides, limit, resume)
     board = Board(settings, Table())
@@ -59,18 +57,31 @@ def sweep(
         largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
         for trial in largest:
             require(trial.cpus, trial.gpus, f"trial {trial.name}")
-    _check(settings, [trial.config for trial in known])
+    streams = _check(settings, known)
+    size = 1
+    if isinstance(search, Listed) and settings.share_activations:
+        size = search.share(
+            lambda trial: streams[trial.name], settings.resources.sharing, settings.search.max_concurrent
+        )
     _keep(settings)
     board.write()
-    if local:
-        while trial := search.next():
-            run_trial(board, trial)
+    with nullcontext() if local else driving(settings.out):
+        if local:
+            _run_here(board, search)
+        elif search.left:
+            run_trials(settings, board, search, _at_once(settings, known, size))
+        board.write()
+        board.write_metrics()
+    found = Sweep(settings.out)
+    found.plot(files.join(settings.out, REPORT))
+    return found
+
+
+def _run_here(board: Board, search: Search) -> None:
+    while group := search.next():
+        run_group(board, group)
+        for trial in group:
             search.tell(board.rows[trial.name])
-    elif search.left:
-        _run(settings, board, search, _at_once(settings, known))
-    board.write()
-    board.write_metrics()
-    return Sweep(settings.out)
 
 
 def plan(
@@ -127,10 +138,13 @@ def dry_run(
         yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
 
 
-def _check(settings: SweepConfig, configs: list[Config]) -> None:
-    """Open, make or verify each store once, and see that all trials find in it what they are measured on."""
-    stores: dict[str, Any] = {}
-    for config in configs:
+def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
+    """Open, make or verify each store once, and see that all trials find in it what they are measured on. What each
+    of them reads (`together.stream`)."""
+    stores: dict[str, Store] = {}
+    streams: dict[str, Hashable] = {}
+    for trial in known:
+        config = trial.config
         if settings.search.metric in PREDICTED and config.cluster.tensor_parallel > 1:
             raise UserError(
                 f"search.metric: {settings.search.metric} needs each dictionary whole in one process; set "
@@ -143,7 +157,8 @@ def _check(settings: SweepConfig, configs: list[Config]) -> None:
                 raise UserError(f"source.path: {path} has no held-out part, which sweeps measure trials on")
             if config.source.verify:
                 stores[path].verify()
-        loop.wiring_for(config, stores[path])
+        streams[trial.name] = together.stream(config, stores[path])
+    return streams
 
 
 def _keep(settings: SweepConfig) -> None:
@@ -164,9 +179,10 @@ def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in flatten(tree).items() if not path.startswith(FREE)}
 
 
-def _at_once(settings: SweepConfig, known: list[Trial]) -> int | None:
-    """Trials at once that `search.max_concurrent` and `resources` allow; None: as many as the cluster holds."""
-    limits = [settings.search.max_concurrent] if settings.search.max_concurrent else []
+def _at_once(settings: SweepConfig, known: list[Trial], size: int) -> int | None:
+    """Worker groups, of up to `size` trials, at once that `search.max_concurrent` and `resources` allow; None: as many
+    as the cluster holds."""
+    limits = [max(1, settings.search.max_concurrent // size)] if settings.search.max_concurrent else []
     for kind, most in (("cpus", settings.resources.cpus), ("gpus", settings.resources.gpus)):
         largest = max(getattr(trial, kind) for trial in known)
         if most is not None and largest > most + 1e-9:
@@ -174,91 +190,3 @@ def _at_once(settings: SweepConfig, known: list[Trial]) -> int | None:
         if most is not None and largest:
             limits.append(int(most / largest + 1e-9))
     return min(limits, default=None)
-
-
-def _run(settings: SweepConfig, board: Board, search: Search, at_once: int | None) -> None:
-    """All trials that are left, under Ray Tune."""
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # own gates are modules in the working directory
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials write their own metrics
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C stays a KeyboardInterrupt
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the board says which failed
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner no verbosity silences
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    tuner = tune.Tuner(
-        tune.with_resources(TrialGroup, lambda config: bundles(config["task"].config)),
-        tune_config=tune.TuneConfig(
-            search_alg=_Next(search, board),
-            scheduler=_Rungs(board),
-            num_samples=search.left,
-            max_concurrent_trials=at_once,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trial.config["name"],
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name="ray_tune",
-            storage_path=settings.out,
-            failure_config=tune.FailureConfig(max_failures=settings.base.cluster.max_failures),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            callbacks=[_Watch(board)],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-
-
-class _Kept:
-    """Tune pickles what it is given, for a resuming of its own that we do not use: nothing of it."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Next(_Kept, Searcher):
-    """Tune asks this for trials."""
-
-    def __init__(self, search: Search, board: Board):
-        super().__init__()
-        self.search, self.board, self.names = search, board, {}
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if (trial := self.search.next()) is None:
-            return Searcher.FINISHED
-        self.names[trial_id] = trial.name
-        task = Task(trial.config, self.board.stops(trial), self.board.predictions)
-        return {"name": trial.name, "task": task}
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        self.search.tell(self.board.rows[self.names[trial_id]])
-
-
-class _Rungs(_Kept, FIFOScheduler):
-    """Tune asks this whether a trial goes on."""
-
-    def __init__(self, board: Board):
-        super().__init__()
-        self.board = board
-
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        name = trial.config["name"]
-        if "failed" in result:
-            self.board.failed(name, result["failed"])
-            return TrialScheduler.STOP
-        found = {key.removeprefix("found/"): value for key, value in result.items() if key.startswith("found/")}
-        on = self.board.reached(name, result["at"], found)
-        return TrialScheduler.CONTINUE if on else TrialScheduler.STOP
-
-
-class _Watch(_Kept, tune.Callback):
-    """Tune tells this which trials start and which are given up."""
-
-    def __init__(self, board: Board):
-        self.board = board
-
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self.board.started(trial.config["name"])
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        said = str(trial.get_error() or "its workers died")
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        self.board.failed(trial.config["name"], lines[-1])

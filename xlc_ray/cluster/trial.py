@@ -1,14 +1,14 @@
-"""One trial of a sweep on the cluster: a Trainable of Ray Tune that owns its worker group.
+"""A trial of a sweep on the cluster, or several on one stream: a Trainable of Ray Tune that owns its worker group.
 
-Its own process is rank 0; the others are actors in the trial's placement group, which Tune reserves whole, so that no
-trial waits for workers that another half-started trial holds. A trial that is stopped gives all of it back. With
-`reuse_actors` the processes stay for the next trial of the same shape, and only what they train is made anew.
+Its own process is rank 0; the others are actors in the placement group, which Tune reserves whole, so that no group
+waits for workers that another half-started one holds. A group that is stopped gives all of it back. With
+`reuse_actors` the processes stay for the next group of the same shape, and only what they train is made anew.
 """
 
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -25,7 +25,7 @@ from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.network import listen_on_nodes_interface
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Shards
-from xlc_ray.sweeps.rank import PREFIX, TrialRank, measured
+from xlc_ray.sweeps.rank import Found, Task, TrialRank
 from xlc_ray.training import Diverged, loop
 
 
@@ -36,26 +36,15 @@ def bundles(config: Config) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([one] * (cluster.tensor_parallel * cluster.replicas))
 
 
-@dataclass(frozen=True)
-class Task:
-    """A trial, as its ranks are told."""
-
-    config: Config
-    stops: tuple[int, ...]
-    """Steps at which it is measured, the last one included."""
-    predictions: bool
-    """Whether the language model's predictions are measured too."""
-
-
 class Member:
-    """One rank of the trial that its process works on."""
+    """One rank of the trials that its process works on."""
 
     def __init__(self) -> None:
         self.rank: TrialRank | None = None
 
-    def begin(self, task: Task, number: int, world: int, meeting: str | None) -> None:
-        """Join the ranks of a trial at the address `meeting` (None: there is just one) and build what is trained."""
-        config = task.config
+    def begin(self, tasks: Sequence[Task], number: int, world: int, meeting: str | None) -> None:
+        """Join the ranks of a group at the address `meeting` (None: there is just one) and prepare what is trained."""
+        config = tasks[0].config
         cluster = config.cluster
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
         torch.manual_seed(config.seed)
@@ -66,21 +55,27 @@ class Member:
             backend = "nccl" if cluster.gpus_per_worker else "gloo"
             dist.init_process_group(backend, init_method=meeting, rank=number, world_size=world)
             shards = Shards.of_world(cluster.tensor_parallel, device.type)
-        sweep, _, name = config.out.rpartition("/trials/")
-        announce = Gauges(f"{files.name(sweep)}/{name}").set if number == 0 else lambda metrics: None
-        self.rank = TrialRank(config, task.stops, shards, device, announce, task.predictions)
+        sweep = files.name(config.out.rpartition("/trials/")[0])
+        gauges = {task.name: Gauges(sweep, trial=task.name, rank=number) for task in tasks}
 
-    def advance(self) -> dict[str, Any]:
-        """Train to the next stop. A rank that fails leaves the group, so that the others do not wait for it."""
+        def announce(name: str, metrics: dict[str, Any]) -> None:
+            gauges[name].set(metrics if number == 0 else {})
+
+        self.rank = TrialRank(tasks, shards, device, announce)
+
+    def advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged]]:
+        """Train to the next stop without those that are cut. A rank that fails leaves the group, so that the others do
+        not wait for it."""
         assert self.rank is not None
         try:
+            self.rank.leave(cut)
             return self.rank.advance()
         except BaseException:
             self.leave()
             raise
 
     def leave(self) -> None:
-        """Forget the trial."""
+        """Forget the trials."""
         if self.rank:
             self.rank.close()
         self.rank = None
@@ -88,7 +83,7 @@ class Member:
             dist.destroy_process_group()
 
     def address(self) -> str:
-        """Where the ranks of a trial may meet, if this process is rank 0."""
+        """Where the ranks of a group may meet, if this process is rank 0."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as free:
             free.bind(("", 0))
@@ -96,48 +91,56 @@ class Member:
 
 
 class TrialGroup(tune.Trainable):
-    """A step trains to the trial's next stop. `config`: {"name": its name, "task": a Task}."""
+    """A step trains to the next stop. `config`: {"tasks": trials that share a stream, "cuts": the actor that knows who
+    has left (None: there is one trial, and Tune stops it)}."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.member, self.others = Member(), []
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take up another trial, of the same shape."""
+        """Take up other trials, of the same shape."""
         self._leave()
-        self.task: Task = new_config["task"]
-        self.begun, self.known = False, []
+        self.tasks: tuple[Task, ...] = new_config["tasks"]
+        self.cuts, self.begun = new_config["cuts"], False
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"at": step, "found": held-out metrics}, or, of a trial that no retry would save, {"failed": why}."""
+        """{"at": step, "found": [(trial, held-out metrics)], "failed": [(trial, why no retry would save it)], "apart":
+        whether the trials must be tried one by one}. Lists, since Tune takes mappings apart."""
         try:
+            cut = self._cut()
             if not self.begun:
+                self.tasks = tuple(task for task in self.tasks if task.name not in cut)
                 self._begin()
-            at, found = self.known.pop(0) if self.known else self._advance()
-        except (Diverged, UserError) as error:
-            return {"failed": str(error)}
-        return {"at": at, "found": found}
+            at, said = self._advance(cut)
+        except UserError as error:
+            alone = len(self.tasks) == 1
+            return {"at": 0, "found": [], "failed": [(self.tasks[0].name, str(error))] * alone, "apart": not alone}
+        failed = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
+        found = [(name, found) for name, found in said.items() if not isinstance(found, Diverged)]
+        return {"at": at, "found": found, "failed": failed, "apart": False}
+
+    def _cut(self) -> list[str]:
+        return ray.get(self.cuts.among.remote([task.name for task in self.tasks])) if self.cuts else []
 
     def _begin(self) -> None:
-        config, stops = self.task.config, self.task.stops
-        step = loop.prepare(config) or 0
-        self.known = [(at, found) for at, found in measured(config.out).items() if at <= step and at in stops]
+        for task in self.tasks:
+            loop.prepare(task.config)
         self.begun = True
-        if step == stops[-1]:
-            return
+        config = self.tasks[0].config
         world = config.cluster.tensor_parallel * config.cluster.replicas
         if len(self.others) != world - 1:
             self.others = [self._worker(number) for number in range(1, world)]
         meeting = self.member.address() if world > 1 else None
         joining = [
-            other.begin.remote(self.task, number, world, meeting) for number, other in enumerate(self.others, start=1)
+            other.begin.remote(self.tasks, number, world, meeting) for number, other in enumerate(self.others, start=1)
         ]
-        self.member.begin(self.task, 0, world, meeting)
+        self.member.begin(self.tasks, 0, world, meeting)
         ray.get(joining)
 
     def _worker(self, number: int) -> Any:
-        cluster, reserved = self.task.config.cluster, get_current_placement_group()
+        cluster, reserved = self.tasks[0].config.cluster, get_current_placement_group()
         assert reserved is not None, "Tune reserves the bundles of a trial"
         place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=number)
         actor = ray.remote(Member).options(
@@ -145,10 +148,10 @@ class TrialGroup(tune.Trainable):
         )
         return actor.remote()
 
-    def _advance(self) -> tuple[int, dict[str, float]]:
-        training = [other.advance.remote() for other in self.others]
+    def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged]]:
+        training = [other.advance.remote(cut) for other in self.others]
         try:
-            line = self.member.advance()
+            said = self.member.advance(cut)
             ray.get(training)
         except Exception as error:
             # The rank that failed first knows why; the others only lost its connection.
@@ -156,8 +159,7 @@ class TrialGroup(tune.Trainable):
                 if mistake := find_user_error(failure):
                     raise mistake from error
             raise
-        found = {name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
-        return int(line["step"]), found
+        return said
 
     def _leave(self) -> None:
         self.member.leave()

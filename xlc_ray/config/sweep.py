@@ -127,6 +127,9 @@ class Resources(Settings):
     """CPUs, at most; null = all."""
     gpus: Annotated[float, Field(gt=0)] | None = None
     """GPUs, at most; null = all."""
+    sharing: Annotated[int, Field(ge=1)] | None = None
+    """With share_activations: trials in one worker group, at most; its memory holds all of them. null = all that read
+    the same."""
 
 
 class SweepConfig(Settings):
@@ -146,6 +149,9 @@ class SweepConfig(Settings):
     """How trials are chosen and judged."""
     asha: Asha | None = None
     """Cuts short what is not worth its steps; null = all trials run to the end."""
+    share_activations: bool = False
+    """Trials that read the same rows (same store, sites, batch_tokens, seed and ranks) train in one worker group, each
+    batch being read once for all of them."""
     resources: Resources = Resources()
     """Limits on what is used at once."""
 
@@ -174,6 +180,10 @@ class SweepConfig(Settings):
             for asked in axis.when:
                 if late := [other for other in paths[i:] if _related(other, asked)]:
                     raise ValueError(f"space.{path}.when: {asked} is set by {late[0]}, which must stand before it")
+        if self.share_activations and self.search.kind == "optuna":
+            raise ValueError("share_activations: optuna chooses trials by what others found; use search.kind: random")
+        if self.resources.sharing and not self.share_activations:
+            raise ValueError("resources.sharing: does nothing without share_activations: true")
         varied = [*self.space, *(path for case in self.cases for path in case)]
         if self.asha and any(_related(path, "train.steps") for path in varied):
             raise ValueError("space.train.steps: rungs compare trials of equal length; set asha: null")

@@ -2,7 +2,8 @@
 
 A trial that comes to a rung as the n-th goes on if fewer than n / reduction of the trials that came there so far score
 better. So the first goes on always, and of many the best 1/reduction. By excess (frontier.py) none is better than a
-trial on the frontier, so that the whole frontier goes on, however many that are.
+trial on the frontier, so that the whole frontier goes on, however many that are. Trials that train together come to a
+rung together: each is then compared with all of them.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ class Halving:
         self.measured: dict[int, dict[str, Metrics]] = {rung: {} for rung in rungs}
         self.decided: dict[tuple[int, str], bool] = {}
 
-    def goes_on(self, trial: str, step: int, metrics: Metrics) -> bool:
-        """Whether a trial that has come to `step` trains on. A trial that comes again, after a restart, is told what it
-        was told before."""
+    def go_on(self, step: int, come: Mapping[str, Metrics]) -> dict[str, bool]:
+        """{trial: whether it trains on} of those that have come to `step` at once. A trial that comes again, after a
+        restart, is told what it was told before."""
         if step not in self.measured:
-            return True
-        if (step, trial) not in self.decided:
-            here = self.measured[step]
-            here[trial] = metrics
-            mine = (found := scores(self.metric, here))[trial]
-            better = sum(score < mine for score in found.values())
-            self.decided[step, trial] = better < len(here) / self.reduction
-        return self.decided[step, trial]
+            return dict.fromkeys(come, True)
+        here = self.measured[step]
+        here |= come
+        found = scores(self.metric, here)
+        for trial in come:
+            better = sum(score < found[trial] for score in found.values())
+            self.decided.setdefault((step, trial), better < len(here) / self.reduction)
+        return {trial: self.decided[step, trial] for trial in come}
 
     def remember(self, trial: str, measured: Mapping[int, Metrics], cut: bool) -> None:
         """Take over what a trial of an earlier session measured; `cut`: it was stopped at the last of these steps."""

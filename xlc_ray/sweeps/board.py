@@ -7,7 +7,7 @@ the trials tells the board what they measure, and the board says whether a trial
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from xlc_ray import files
 from xlc_ray.config.sweep import SweepConfig
 from xlc_ray.sweeps.asha import Halving, rungs
-from xlc_ray.sweeps.frontier import cost, pareto
-from xlc_ray.sweeps.rank import PREDICTED, measured
+from xlc_ray.sweeps.frontier import Metrics, cost, pareto
+from xlc_ray.sweeps.rank import PREDICTED, Task, measured
 from xlc_ray.sweeps.space import Changes, Trial, settings_of
 from xlc_ray.training import logs
 
@@ -56,14 +56,10 @@ class Board:
             rungs(sweep.asha, sweep.base.train.steps), sweep.asha.reduction if sweep.asha else 2.0, sweep.search.metric
         )
 
-    @property
-    def predictions(self) -> bool:
-        """Whether trials are measured by what the language model predicts, too."""
-        return self.sweep.search.metric in PREDICTED
-
-    def stops(self, trial: Trial) -> tuple[int, ...]:
-        """The steps at which a trial is measured."""
-        return (*self.halving.rungs, trial.config.train.steps)
+    def task(self, trial: Trial) -> Task:
+        """A trial, as its ranks are told: what it measures, and at which steps."""
+        stops = *self.halving.rungs, trial.config.train.steps
+        return Task(trial.name, trial.config, stops, self.sweep.search.metric in PREDICTED)
 
     def add(self, trial: Trial, before: Mapping[str, Row] | None = None) -> Row:
         """Put a trial on the board, as an earlier session left it if that had it: finished and stopped ones are done,
@@ -81,19 +77,25 @@ class Board:
         """A trial has its workers."""
         self._set(self.rows[name], state="running")
 
-    def reached(self, name: str, step: int, metrics: Mapping[str, float | None]) -> bool:
-        """A trial has come to a stop; whether it goes on."""
-        row = self.rows[name]
-        if step == row.steps:
-            self._set(row, state="finished", step=step, metrics=metrics)
-            return False
-        on = self.halving.goes_on(name, step, metrics)
-        self._set(row, state="running" if on else "stopped", step=step, metrics=metrics)
-        return on
+    def reached(self, step: int, found: Mapping[str, Metrics]) -> list[str]:
+        """Trials have come to a stop together, and measured this: those that go on."""
+        on = self.halving.go_on(step, {name: m for name, m in found.items() if step < self.rows[name].steps})
+        for name, metrics in found.items():
+            state = "finished" if name not in on else "running" if on[name] else "stopped"
+            self._set(self.rows[name], state=state, step=step, metrics=metrics)
+        return [name for name in on if on[name]]
 
     def failed(self, name: str, error: str) -> None:
         """A trial is given up."""
         self._set(self.rows[name], state="failed", error=error)
+
+    def waits(self, name: str) -> None:
+        """A trial has lost its workers, and will have others."""
+        self._set(self.rows[name], state="waiting")
+
+    def left(self, names: Iterable[str]) -> list[str]:
+        """Those of these trials that are not done."""
+        return [name for name in names if self.rows[name].state not in DONE]
 
     def _set(self, row: Row, **changes: Any) -> None:
         for name, value in changes.items():

@@ -6,35 +6,52 @@ import torch
 
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Shards
-from xlc_ray.sweeps.board import DONE, Board
-from xlc_ray.sweeps.rank import PREFIX, TrialRank, measured
-from xlc_ray.sweeps.space import Trial
+from xlc_ray.sweeps.board import Board
+from xlc_ray.sweeps.rank import Task, TrialRank
+from xlc_ray.sweeps.search import Group
 from xlc_ray.training import Diverged, loop
 
 
-def run_trial(board: Board, trial: Trial) -> None:
-    """Train a trial in this process until it is cut or has come to its end; `cluster` settings play no part.
+def run_group(board: Board, group: Group) -> None:
+    """Train trials that share a stream in this process until all are cut or at their end; `cluster` settings play no
+    part.
 
     A trial that diverges, or whose settings its data refuse, is failed; any other error is a defect and is raised."""
-    if board.rows[trial.name].state in DONE:
-        return
-    board.started(trial.name)
-    try:
-        step = loop.prepare(trial.config) or 0
-        for stop, metrics in measured(trial.config.out).items():  # of an earlier session
-            if stop <= step and not board.reached(trial.name, stop, metrics):
-                return
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rank = TrialRank(trial.config, board.stops(trial), Shards(), device, predictions=board.predictions)
+    ready = []
+    for trial in group:
+        board.started(trial.name)
         try:
-            while _reached(board, trial, rank.advance()):
-                pass
-        finally:
-            rank.close()
-    except (Diverged, UserError) as error:
-        board.failed(trial.name, str(error))
+            loop.prepare(trial.config)
+            ready.append(board.task(trial))
+        except UserError as error:
+            board.failed(trial.name, str(error))
+    try:
+        if ready:
+            _train(board, ready)
+    except UserError as error:
+        if len(group) == 1:
+            board.failed(group[0].name, str(error))
+            return
+        left = board.left(task.name for task in ready)  # whose mistake it is shows when each is by itself
+        for trial in group:
+            if trial.name in left:
+                run_group(board, (trial,))
 
 
-def _reached(board: Board, trial: Trial, line: dict[str, float]) -> bool:
-    found = {name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
-    return board.reached(trial.name, int(line["step"]), found)
+def _train(board: Board, tasks: list[Task]) -> None:
+    rank = TrialRank(tasks, Shards(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        while board.left(task.name for task in tasks):
+            _advance(board, rank)
+    finally:
+        rank.close()
+
+
+def _advance(board: Board, rank: TrialRank) -> None:
+    step, found = rank.advance()
+    for name, said in found.items():
+        if isinstance(said, Diverged):
+            board.failed(name, str(said))
+    came = {name: said for name, said in found.items() if not isinstance(said, Diverged)}
+    on = board.reached(step, came)
+    rank.leave(set(came) - set(on))

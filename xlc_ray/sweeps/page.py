@@ -1,33 +1,54 @@
-"""The frontier as a page: one dot a trial with its settings on hover, the frontier's line, a table. Self-contained."""
+"""report.html of a sweep: frontier, parallel coordinates, learning curves, table. One file without network."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from xlc_ray import files
 from xlc_ray.evaluation.page import PAGE, STYLE
-from xlc_ray.sweeps.frontier import log
+from xlc_ray.sweeps import drawing
+from xlc_ray.sweeps.drawing import Row
 
-Row = dict[str, Any]
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900.0, 420.0, 70.0, 50.0, 16.0
 SWEEP_STYLE = """
 .dot { fill: var(--muted); fill-opacity: .45; }
-.dot.stopped { fill: none; stroke: var(--muted); }
+.dot.stopped { fill: var(--page); fill-opacity: 1; stroke: var(--muted); }
 .dot.best { fill: var(--accent); fill-opacity: 1; stroke: none; }
+.run { fill: none; stroke: var(--muted); stroke-opacity: .35; stroke-width: 1.2; }
+.run.best { stroke: var(--accent); stroke-opacity: .9; stroke-width: 1.7; }
 .front { fill: none; stroke: var(--accent); stroke-width: 1.5; }
 .axis { stroke: var(--line); }
-svg text { fill: var(--muted); font: 12px var(--sans); }
-td.name, th.name { text-align: left; }
+.rung { stroke: var(--muted); stroke-dasharray: 3 4; stroke-width: 1.2; }
+svg text { fill: var(--muted); font: 12px var(--sans); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
+[data-t] { cursor: default; }
+.run.on { stroke: var(--ink); stroke-opacity: 1; stroke-width: 2.6; }
+.dot.on { fill: var(--ink); fill-opacity: 1; stroke: none; }
+tr.on { background: var(--line); }
 tr.best th { color: var(--accent); font-weight: 600; }
+td.error { text-align: left; white-space: normal; }
 """
+SCRIPT = """<script>
+for (const kind of ["mouseover", "mouseout"]) document.addEventListener(kind, event => {
+  const one = event.target.closest("[data-t]");
+  if (one) for (const other of document.querySelectorAll(`[data-t="${one.dataset.t}"]`))
+    other.classList.toggle("on", kind === "mouseover");
+});
+</script>"""
+SHOWN = ("l0", "fvu", "dead_features")
 
 
-def frontier(out: str, summary: dict[str, Any], rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
-    """The page of a sweep's trials in the plane of two metrics; `best`: the names of those on the frontier."""
-    shown = [row for row in rows if row["metrics"].get(x) is not None and row["metrics"].get(y) is not None]
+def report(
+    out: str,
+    summary: dict[str, Any],
+    rows: Sequence[Row],
+    lines: Sequence[Sequence[tuple[int, float]]],
+    best: set[str],
+    x: str,
+    y: str,
+) -> str:
+    """The page. `best`: the names of the trials on the frontier of the metrics x and y; `lines`: of each trial, what is
+    left unexplained of training batches, by step."""
     share = summary["share_of_full_steps"]
     facts = (
         f"{summary['trials']} trials: {summary['finished']} finished, {summary['stopped']} stopped early, "
@@ -37,72 +58,69 @@ def frontier(out: str, summary: dict[str, Any], rows: Sequence[Row], best: set[s
         '<p class="kicker">Sweep</p>',
         f"<h1>{escape(files.name(out))}</h1>",
         f"<p>{escape(facts)}</p>",
-        f"<figure>{_plot(shown, best, x, y)}<figcaption>{escape(y)} against {escape(x)} on held-out tokens, both "
-        "logarithmic. Filled: trials on the frontier; rings: stopped early. Settings appear on hover.</figcaption>"
-        "</figure>",
-        _table(rows, best),
+        *_drawings(summary, rows, lines, best, x, y),
+        "<h2>Trials</h2>",
+        _table(rows, best, tuple(dict.fromkeys((*SHOWN, x, y)))),
+        SCRIPT,
     ]
-    title = escape(f"{files.name(out)}: frontier")
+    title = escape(f"{files.name(out)}: sweep")
     return PAGE.format(title=title, style=STYLE + SWEEP_STYLE, body="\n".join(body))
 
 
-def _plot(rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
-    if not rows:
-        return "<p>Nothing was measured yet.</p>"
-    points = [(log(row["metrics"][x]), log(row["metrics"][y])) for row in rows]
-    across, up = _scale([p for p, _ in points], LEFT, WIDTH - 20), _scale([p for _, p in points], HEIGHT - BOTTOM, TOP)
-    parts = [f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(y)} against {escape(x)}">']
-    parts += _ticks([p for p, _ in points], across, True) + _ticks([p for _, p in points], up, False)
-    parts.append(f'<text x="{WIDTH / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text x="14" y="{HEIGHT / 2:g}" transform="rotate(-90 14 {HEIGHT / 2:g})">{escape(y)}</text>')
-    line = sorted((across(a), up(b)) for (a, b), row in zip(points, rows, strict=True) if row["trial"] in best)
-    parts.append(f'<polyline class="front" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in line)}"/>')
-    for (a, b), row in zip(points, rows, strict=True):
-        kind = "best" if row["trial"] in best else row["state"]
-        parts.append(
-            f'<circle class="dot {escape(kind)}" cx="{across(a):.1f}" cy="{up(b):.1f}" r="5.5">'
-            f"<title>{escape(_words(row))}</title></circle>"
+def _drawings(
+    summary: dict[str, Any],
+    rows: Sequence[Row],
+    lines: Sequence[Sequence[tuple[int, float]]],
+    best: set[str],
+    x: str,
+    y: str,
+) -> list[str]:
+    measured = [row for row in rows if row["metrics"].get(x) is not None and row["metrics"].get(y) is not None]
+    if not measured:
+        return ["<p>Nothing was measured yet.</p>"]
+    found = [
+        _figure(
+            drawing.frontier(rows, best, x, y),
+            f"{y} against {x} on held-out tokens, both logarithmic. Filled: trials on the frontier; rings: stopped "
+            "early. Settings appear on hover, and the trial is marked in all drawings.",
+        ),
+        "<h2>Settings</h2>",
+        _figure(
+            drawing.parallel(rows, best, (x, y)),
+            f"A line a trial, through the settings that differ, to its {x} and {y}. A dash: it has no such setting.",
+        ),
+    ]
+    if any(lines):
+        rungs = summary.get("rungs", ())
+        at = (
+            f"Dashed: rungs, at which trials are compared ({', '.join(f'{r:,}' for r in rungs)} steps). "
+            if rungs
+            else ""
         )
-    return "".join([*parts, "</svg>"])
+        found += [
+            "<h2>Learning curves</h2>",
+            _figure(
+                drawing.curves(rows, lines, best, rungs, "unexplained"),
+                f"Share of variance left unexplained in training batches, logarithmic. {at}A ring: cut there.",
+            ),
+        ]
+    return found
 
 
-def _scale(values: Sequence[float], start: float, end: float):
-    low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.1
-    return lambda value: start + (end - start) * (value - low + room) / (high - low + 2 * room)
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _ticks(values: Sequence[float], place, across: bool) -> list[str]:
-    low, high = min(values), max(values)
-    steps = 5 if high - low > 1e-6 else 1
-    parts = []
-    for i in range(steps):
-        value = low + (high - low) * i / max(1, steps - 1)
-        at, text = place(value), f"{math.exp(value):.3g}"
-        if across:
-            parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP:g}" y2="{HEIGHT - BOTTOM:g}"/>')
-            parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18:g}" text-anchor="middle">{text}</text>')
-        else:
-            parts.append(f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - 20:g}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 8:g}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-    return parts
-
-
-def _words(row: Row) -> str:
-    lines = [f"{row['trial']} ({row['state']} at step {row['step']:,})"]
-    lines += [f"{path} = {value}" for path, value in row["settings"].items()]
-    return "\n".join([*lines, *(f"{name} = {value:.4g}" for name, value in row["metrics"].items())])
-
-
-def _table(rows: Sequence[Row], best: set[str]) -> str:
-    names = ("l0", "fvu", "dead_features")
-    head = "".join(f"<th>{name}</th>" for name in ("state", "steps", *names))
+def _table(rows: Sequence[Row], best: set[str], names: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("state", "steps", *names))
     lines = []
-    for row in rows:
+    for i, row in enumerate(rows):
         cells = [row["state"], f"{row['step']:,} / {row['steps']:,}"]
-        cells += [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "" for n in names]
+        cells += [f"{row['metrics'][n]:.4g}" if row["metrics"].get(n) is not None else "" for n in names]
         mark = ' class="best"' if row["trial"] in best else ""
-        lines.append(f"<tr{mark}><th>{escape(row['trial'])}</th>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>")
+        error = f'<td class="error">{escape(row["error"])}</td>' if row.get("error") else ""
+        cells = [f"<td>{escape(cell)}</td>" for cell in cells]
+        lines.append(f'<tr data-t="{i}"{mark}><th>{escape(row["trial"])}</th>{"".join(cells)}{error}</tr>')
     return (
         f'<figure class="table"><table><thead><tr><th>trial</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
         "</table></figure>"

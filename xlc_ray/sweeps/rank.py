@@ -1,4 +1,5 @@
-"""One rank of one trial: the training of single runs, from stop to stop, and what is measured on held-out tokens there.
+"""One rank of a trial, or of several on one stream: the training of single runs, from stop to stop, and what is
+measured on held-out tokens there.
 
 A stop is a rung or the last step. It leaves a checkpoint and a line in the trial's metrics.jsonl whose `held_out/…`
 are measured in inference form on the first `evaluate.tokens` held-out rows.
@@ -6,7 +7,9 @@ are measured in inference form on the first `evaluate.tokens` held-out rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from xlc_ray.evaluation.pair import evaluate_pair
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import evaluate_replacement
 from xlc_ray.evaluation.run import held_out_batches, held_out_windows
-from xlc_ray.training import logs, loop
+from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training.together import Run, Together
 
 PREFIX = "held_out/"
 MEASURED = (
@@ -37,44 +41,65 @@ PREDICTED = ("ce_recovered", "kl", "top1_agreement")
 """Measured too if the sweep judges by one of them: the language model runs on `evaluate.windows` held-out windows."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """A trial, as its ranks are told."""
+
+    name: str
+    config: Config
+    stops: tuple[int, ...]
+    """Steps at which it is measured, the last one included."""
+    predictions: bool
+    """Whether the language model's predictions are measured too."""
+
+
+Found = dict[str, float]
+"""{name: value} on held-out tokens."""
+
+
 class TrialRank:
-    """Training of one rank that pauses at each stop."""
+    """One rank of trials that share a stream, most often of just one."""
 
     def __init__(
         self,
-        config: Config,
-        stops: Collection[int],
+        tasks: Sequence[Task],
         shards: Shards,
         device: torch.device,
-        announce: Callable[[dict[str, Any]], None] = lambda metrics: None,
-        predictions: bool = False,
+        announce: Callable[[str, dict[str, Any]], None] = lambda name, metrics: None,
     ):
-        self.config, self.device, self.predictions = config, device, predictions
+        """`announce(name, metrics)` is told of each line of a trial's metrics."""
+        longest = max((task.config for task in tasks), key=lambda config: config.train.steps)
+        self.data = open_source(longest.source)
+        self.held_out = open_source(longest.source, "held_out")
+        self.device = device
         self.models: LanguageModel | ModelPair | None = None
-        data = open_source(config.source)
-        self.held_out = open_source(config.source, "held_out")
+        runs = {
+            task.name: Run(
+                task.config, task.stops, partial(announce, task.name), partial(self.measure, task), _said(task)
+            )
+            for task in tasks
+        }
         # Read in this process: several trials share a machine, where readers of their own would outnumber learners.
-        reader = loop.in_process(config, data, shards)
-        self.parts = loop.train_in_parts(
-            config, data, shards, reader, device, announce, lambda step, metrics: None, stops, more=self.measure
-        )
+        reader = loop.in_process(longest, self.data, shards)
+        self.together = Together(runs, self.data, shards, reader, device)
 
-    def advance(self) -> dict[str, Any]:
-        """Train to the next stop. Returns the line of metrics that it left there."""
-        return next(self.parts)
+    def advance(self) -> tuple[int, dict[str, Found | Diverged]]:
+        """Train to the next stop: its step, and what each trial that came to it measured there, or what ended it."""
+        said = self.together.advance()
+        return self.together.step, {n: e if isinstance(e, Diverged) else held_out(e) for n, e in said.items()}
 
-    def measure(self, dictionary: Dictionary) -> dict[str, float]:
+    def measure(self, task: Task, dictionary: Dictionary) -> Found:
         """{held_out/name: value} of MEASURED, and of PREDICTED where that is asked for; without those of no value."""
-        settings = self.config.evaluate
+        settings = task.config.evaluate
         batches = held_out_batches(self.held_out, dictionary.wiring.sites, settings.batch_tokens, settings.tokens)
         found = evaluate_reconstruction(dictionary, batches).compute()
-        found = {name: found[name] for name in MEASURED} | (self._predict(dictionary) if self.predictions else {})
+        found = {name: found[name] for name in MEASURED} | (self._predict(task, dictionary) if task.predictions else {})
         return {PREFIX + name: value for name, value in found.items() if value is not None}
 
-    def _predict(self, dictionary: Dictionary) -> dict[str, float | None]:
-        settings = self.config.evaluate
+    def _predict(self, task: Task, dictionary: Dictionary) -> dict[str, float | None]:
+        settings = task.config.evaluate
         if self.models is None:
-            self.models = load_models(self.config, dictionary.wiring.sites, self.device)
+            self.models = load_models(task.config, dictionary.wiring.sites, self.device)
         windows = held_out_windows(self.held_out, settings.batch_windows, settings.windows, self.device)
         dictionary.eval()
         if isinstance(self.models, ModelPair):
@@ -84,15 +109,25 @@ class TrialRank:
         dictionary.train()
         return {name: found[name] for name in PREDICTED}
 
+    def leave(self, names: Iterable[str]) -> None:
+        """Stop training these, if they still do; what their last stop wrote stays."""
+        for name in set(names) & set(self.together.names):
+            self.together.leave(name)
+
     def close(self) -> None:
-        """Stop training; what the last stop wrote stays."""
-        self.parts.close()
+        """Stop training all."""
+        self.together.close()
 
 
-def measured(run_dir: str) -> dict[int, dict[str, float]]:
+def held_out(line: Mapping[str, Any]) -> Found:
+    """What a line of metrics says of held-out tokens."""
+    return {name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
+
+
+def measured(run_dir: str) -> dict[int, Found]:
     """{step: {name: value}} of every stop that a trial has come to."""
-    found = {}
-    for line in logs.read(run_dir):
-        if held_out := {k.removeprefix(PREFIX): v for k, v in line.items() if k.startswith(PREFIX)}:
-            found[line["step"]] = held_out
-    return found
+    return {line["step"]: found for line in logs.read(run_dir) if (found := held_out(line))}
+
+
+def _said(task: Task) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in logs.read(task.config.out) if line["step"] in task.stops and held_out(line)}

@@ -13,6 +13,7 @@ from xlc_ray.sweeps import page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
 from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto
 from xlc_ray.sweeps.rank import MEASURED, PREDICTED
+from xlc_ray.training import logs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,12 +113,20 @@ class Sweep:
         return Best(row.trial, files.join(self.out, row.out), found[metric] if value is None else value, at, how, found)
 
     def plot(self, path: str, x: str = "l0", y: str = "fvu") -> str:
-        """Write the frontier as a page of its own to `path`, and return it."""
+        """Write the sweep's page to `path`, and return that: the frontier of two metrics, the settings, the learning
+        curves and a table, in one file."""
         _check(x, y)
-        best = set(self.pareto(x, y)["trial"])
+        rows, best = self.rows(), set(self.pareto(x, y)["trial"])
         summary = files.read_mapping(files.join(self.out, FILE))
-        files.write_bytes(path, page.frontier(self.out, summary, [asdict(r) for r in self.rows()], best, x, y).encode())
+        lines = [_unexplained(files.join(self.out, row.out)) for row in rows]
+        text = page.report(self.out, summary, [asdict(row) for row in rows], lines, best, x, y)
+        files.write_bytes(path, text.encode())
         return path
+
+
+def _unexplained(run_dir: str) -> list[tuple[int, float]]:
+    found = [(line["step"], 1 - line["explained_variance"]) for line in logs.read(run_dir)]
+    return [(step, value) for step, value in found if math.isfinite(value) and value > 0]
 
 
 def _check(*names: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 from xlc_ray.config import UserError
@@ -14,22 +14,25 @@ from xlc_ray.sweeps.frontier import cost
 from xlc_ray.sweeps.space import TRIES, Changes, Trial, make, name_of, walk
 
 CASES = "cases"
+Group = tuple[Trial, ...]
+"""Trials that share a stream, in one worker group; most often one trial."""
 
 
 class Search(Protocol):
     """What runs trials asks for the next one, and tells what became of it."""
 
-    left: int
-    """Trials that are still to come, at most."""
+    @property
+    def left(self) -> int:
+        """Trials that are still to come, at most."""
 
-    def next(self) -> Trial | None:
-        """The next trial, which is on the board; None when there is none any more."""
+    def next(self) -> Group | None:
+        """The next trial, or trials that train together, on the board; None when there are none any more."""
 
     def tell(self, row: Row) -> None:
         """A trial is done."""
 
 
-def make_search(sweep: SweepConfig, listed: list[Trial], board: Board, before: Mapping[str, Row]) -> Search:
+def make_search(sweep: SweepConfig, listed: list[Trial], board: Board, before: Mapping[str, Row]) -> Listed | Proposals:
     """The search of a sweep, going on from the rows of an earlier session. Puts what is known on the board.
 
     `listed`: the trials of a grid or random search."""
@@ -40,10 +43,27 @@ class Listed:
     """A list, without those that an earlier session finished."""
 
     def __init__(self, listed: list[Trial], board: Board, before: Mapping[str, Row]):
-        self.waiting = deque(trial for trial in listed if board.add(trial, before).state not in DONE)
-        self.left = len(self.waiting)
+        self.waiting: deque[Group] = deque((trial,) for trial in listed if board.add(trial, before).state not in DONE)
 
-    def next(self) -> Trial | None:
+    @property
+    def left(self) -> int:
+        return sum(map(len, self.waiting))
+
+    def share(self, stream: Callable[[Trial], Hashable], *most: int | None) -> int:
+        """Put trials of equal streams together, at most so many, each where the first of them was. The largest size."""
+        groups: dict[Hashable, list[Trial]] = {}
+        for (trial,) in self.waiting:
+            groups.setdefault(stream(trial), []).append(trial)
+        size = min([n for n in most if n] + [max(map(len, groups.values()), default=1)])
+        parts = (group[i : i + size] for group in groups.values() for i in range(0, len(group), size))
+        self.waiting = deque(map(tuple, parts))
+        return size
+
+    def part(self, trials: Iterable[Trial]) -> None:
+        """These come next, each by itself."""
+        self.waiting.extendleft((trial,) for trial in reversed(list(trials)))
+
+    def next(self) -> Group | None:
         return self.waiting.popleft() if self.waiting else None
 
     def tell(self, row: Row) -> None:
@@ -84,7 +104,7 @@ class Proposals:
         found = self.optuna.trial.create_trial(params=params, distributions=kinds, values=self._values(kept))
         self.study.add_trial(found)
 
-    def next(self) -> Trial | None:
+    def next(self) -> Group | None:
         """Ask until a point comes that no trial has; after many repeats the space counts as used up."""
         for _ in range(TRIES if self.left else 0):
             asked = self.study.ask()
@@ -97,7 +117,7 @@ class Proposals:
             self.asked[name] = asked
             trial = make(self.sweep, changes, name)
             self.board.add(trial)
-            return trial
+            return (trial,)
         return None
 
     def tell(self, row: Row) -> None:

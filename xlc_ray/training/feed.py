@@ -12,9 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xlc_ray.dictionary import Shards
+from xlc_ray.config import Config
+from xlc_ray.dictionary import Shards, Wiring
 
 Batches = Iterator[Mapping[str, Tensor]]
+Reader = Callable[[Wiring, int], Batches]
+"""(wiring, first step) → this replica's share of each global batch from that step to the last."""
+
+
+def for_all_ranks(config: Config, dtype: str, reader: Reader, shards: Shards, device: torch.device) -> Reader:
+    """The same batches on the device of every rank of a replica, of which only the leader calls `reader`."""
+
+    def read(wiring: Wiring, first: int) -> Batches:
+        widths = {site: wiring.widths[site] for site in wiring.sites}
+        rows, count = config.train.batch_tokens // shards.replicas, config.train.steps - first
+        return shared(lambda: reader(wiring, first), count, widths, rows, getattr(torch, dtype), shards, device)
+
+    return read
 
 
 def shared(

@@ -79,5 +79,6 @@ def _start_wandb(config: Config):
         group=settings.group,
         id=run,
         resume="allow",
+        reinit="create_new",  # several runs may share a process
         config=config.model_dump(mode="json"),
     )

@@ -17,15 +17,12 @@ from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
-from xlc_ray.training.feed import shared
+from xlc_ray.training.feed import Reader, for_all_ranks, shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
 from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
-
-Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
-"""(wiring, first step) → this replica's share of each global batch from that step to the last."""
 
 FREE = (
     "out",
@@ -156,25 +153,28 @@ def train_rank(
     Every rank calls `announce` with each line of metrics, `saved` when a checkpoint is complete, and `stepped` with the
     number of each step made.
     """
-    *_, last = train_in_parts(config, data, shards, reader, device, announce, saved, (), stepped)
+    batches = for_all_ranks(config, data.dtype, reader, shards, device)
+    *_, last = train_by_steps(config, data, shards, batches, device, announce, saved, (), stepped)
+    assert last is not None
     return last
 
 
-def train_in_parts(
+def train_by_steps(
     config: Config,
     data: store.Store,
     shards: Shards,
-    reader: Reader,
+    batches: Reader,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
     saved: Saved,
     stops: Collection[int],
     stepped: Callable[[int], None] = lambda step: None,
     more: Callable[[Dictionary], dict[str, Any]] = lambda dictionary: {},
-) -> Generator[dict[str, Any], None, None]:
-    """Likewise, one part at a time: the metrics after each of the steps `stops` that are left, and after the last.
+) -> Generator[dict[str, Any] | None, None, None]:
+    """Likewise, a step at a time, on batches that are on the device: None, or the metrics after each of the steps
+    `stops` that are left, and after the last.
 
-    There `more`, called by every rank, adds to the metrics, and a checkpoint is complete. Close it to stop training.
+    At those `more`, called by every rank, adds to the metrics, and a checkpoint is complete. Close it to stop training.
     """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
@@ -191,7 +191,7 @@ def train_in_parts(
     log = Log(config) if leader else None
     try:
         with Saving(learner, saved) as saving:
-            yield from _steps(config, learner, data, reader, device, log, announce, saving, stops, stepped, more)
+            yield from _steps(config, learner, data, batches, log, announce, saving, stops, stepped, more)
     finally:
         if log:
             log.close()
@@ -201,17 +201,16 @@ def _steps(
     config: Config,
     learner: Learner,
     data: store.Store,
-    reader: Reader,
-    device: torch.device,
+    batches: Reader,
     log: Log | None,
     announce: Callable[[dict[str, Any]], None],
     saving: Saving,
     stops: Collection[int],
     stepped: Callable[[int], None],
     more: Callable[[Dictionary], dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | None]:
     train, first = config.train, learner.step
-    steps = _each_step(config, learner, data, reader, device)
+    steps = _each_step(config, learner, data, batches)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
     while learner.step < train.steps:
         asked = time.perf_counter()
@@ -239,7 +238,8 @@ def _steps(
         saving.check()
         if stop and not last:
             saving.finish()
-            yield metrics
+        if not last:
+            yield metrics if stop else None
     saving.finish()
     yield metrics
 
@@ -266,21 +266,19 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
 
 
 def _each_step(
-    config: Config, learner: Learner, data: store.Store, reader: Reader, device: torch.device
+    config: Config, learner: Learner, data: store.Store, batches: Reader
 ) -> Iterator[Callable[[bool], dict[str, float] | None]]:
     """For each step that is left: what trains on its batch, given whether to measure."""
-    train, shards, wiring, first = config.train, learner.shards, learner.dictionary.wiring, learner.step
-    rows = train.batch_tokens // shards.replicas
+    train, wiring, first = config.train, learner.dictionary.wiring, learner.step
     if train.end_to_end:
         from xlc_ray.training.end_to_end import EndToEnd  # with its language-model libraries, which others do not need
 
         frozen = EndToEnd(learner.dictionary, config, data)
+        rows = train.batch_tokens // learner.shards.replicas
         for step in range(first, train.steps):
             yield partial(learner.train_on, frozen.batch(step), rows)
         return
-    widths = {site: wiring.widths[site] for site in wiring.sites}
-    dtype = getattr(torch, data.dtype)
-    for batch in shared(lambda: reader(wiring, first), train.steps - first, widths, rows, dtype, shards, device):
+    for batch in batches(wiring, first):
         yield partial(learner.train_step, batch)
 
 
