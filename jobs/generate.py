@@ -10,6 +10,8 @@ def main(config: Config) -> None:
     done = generate(config)
     print(f"{done['tokens']:,} training and {done['held_out_tokens']:,} held-out tokens, {len(done['sites'])} sites")
     print(f"{size(done['bytes'])} in {done['chunks']} chunks at {done['path']}")
+    if done["live"]:
+        print(f"{done['live']} more are made while training")
     if done["made"]:
         print(f"{done['made']} chunks made in {duration(done['seconds'])}, {done['tokens_per_s']:,.0f} tok/s")
     else:

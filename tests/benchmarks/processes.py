@@ -10,6 +10,8 @@ from pathlib import Path
 TICK = os.sysconf("SC_CLK_TCK")
 ROLES = {
     "RayTrainWorker": "training",
+    "Harvesting": "generating",
+    "Generators": "live",
     "SplitCoordinator": "reading",
     "ray::Read": "reading",
     "ray::IDLE": "reading",  # a reader between two tasks

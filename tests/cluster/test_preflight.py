@@ -19,6 +19,7 @@ from xlc_ray.cluster.placement import Layout, Node, Place, nodes_now
 from xlc_ray.cluster.preflight import Facts
 from xlc_ray.cluster.session import connect
 from xlc_ray.config import UserError
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.training import loop, plan
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,27 @@ def test_windows_read_ahead_fit_the_object_store(small_run):
     assert list(preflight.object_stores(config, data, wiring, place, nodes, {"n": need})) == []
     (line,) = preflight.object_stores(config, data, wiring, place, nodes, {"n": need - 1})
     assert "source.window_slices: 8 slices of 4 rows of 48 bytes" in line
+    assert "10.0.0.7" in line
+
+
+def test_a_language_model_finds_room_beside_the_workers_of_live_training(small_run):
+    config = small_run({"cluster.tensor_parallel": 2, "cluster.cpus_per_worker": 1, "cluster.cpus_per_model": 2})
+    nodes = [Node("n", "a", 3, 0), Node("m", "b", 2, 0)]
+    assert list(preflight.model_room(config, Place(Layout(2, 1), ("n", "n")), nodes)) == []
+    (line,) = preflight.model_room(config, Place(Layout(2, 1), ("n", "n")), [Node("n", "a", 2.5, 0)])
+    assert line.startswith("cluster.cpus_per_model: live training needs a node with 2 CPUs and 0 GPUs")
+    assert "which leave 0.5 and 0" in line
+    gpu = config.override({"cluster.gpus_per_model": 1})
+    assert len(list(preflight.model_room(gpu, Place(Layout(2, 1), ("n", "n")), nodes))) == 1
+
+
+def test_chunks_of_live_training_fit_the_object_store(small_run):
+    _, data, wiring = of(small_run())
+    live, nodes = LiveSource(path="x", held_chunks=2), [Node("n", "10.0.0.7", 4, 0)]
+    need = 2 * 90 * 24 * 2  # chunks, rows of the largest, numbers of a row (four sites of six), bytes
+    assert list(preflight.held_chunks(live, data, wiring, nodes, {"n": need})) == []
+    (line,) = preflight.held_chunks(live, data, wiring, nodes, {"n": need - 1})
+    assert line.startswith("source.held_chunks: 2 chunks of ")
     assert "10.0.0.7" in line
 
 

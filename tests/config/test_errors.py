@@ -37,6 +37,7 @@ FORMS = [
     *(((section, getattr(BASE, section).model_dump(mode="json")),) for section in ("source", "evaluate", "cluster")),
     (("dictionary.normalization", {}),),
     (("source", {"kind": "http", "url": "http://host:1", "dataset_id": "a/b"}),),
+    (("source", {"kind": "live", "tee": "data/kept"}),),
     (("source.cache", {"path": "/tmp/cache"}),),
     (("train.optimizer", {}),),
     (("train.loss.auxk", {}),),

@@ -167,6 +167,17 @@ def test_the_forecast_says_what_a_user_asks(monkeypatch):
     assert "binds" in text
 
 
+def test_a_live_source_takes_memory_and_the_disk_of_its_sample(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    live = {"kind": "live", "path": "data/live", "sample_tokens": 1000, "held_chunks": 10}
+    config = settings().override({"source": live, "generate.tokens": 10**9, "generate.chunk_tokens": 10**6})
+    text = "\n".join(lines_of(config, "h100"))
+    assert f"{1000 + config.generate.held_out_tokens:,} tokens of " in text
+    assert f"live          {10 * 1e6 * 2 * 4 * 2 * 128 / 1e9:,.1f} GB of chunks in the object store" in text
+    kept = config.override({"source": live | {"tee": "data/live"}})
+    assert f"{10**9 + config.generate.held_out_tokens:,} tokens of " in "\n".join(lines_of(kept, "h100"))
+
+
 def test_the_sites_of_a_base_model_take_disk_too(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(str(ROOT / "configs/tiny_model_diff.yaml"))

@@ -33,7 +33,7 @@ from xlc_ray.activations.writing import (
     write_text,
 )
 from xlc_ray.config import UserError
-from xlc_ray.config.sources import HttpSource, Source, StoreSource
+from xlc_ray.config.sources import HttpSource, LiveSource, Source, StoreSource
 from xlc_ray.web import SCHEMES
 
 __all__ = [
@@ -99,9 +99,13 @@ def open_source(source: Source, *inside: str) -> Store:
     """Open the store that settings name, or one inside it ("held_out"). Raises UserError as `open_store`."""
     cache = None
     match source:
+        case LiveSource(path=path, sample_tokens=tokens) if not inside:
+            from xlc_ray.activations.live import open_live  # whose store is one of these
+
+            return open_live(path, tokens)
         case StoreSource(cache=settings) if settings is not None:
             cache = DiskCache(settings.path, settings.max_bytes)
-        case StoreSource() | HttpSource():
+        case StoreSource() | HttpSource() | LiveSource():
             pass
     return open_store(files.join(source.path, *inside), cache)
 
@@ -124,6 +128,11 @@ class Store:
     def chunk_rows(self) -> list[int]:
         """Rows of each chunk."""
         return [chunk.rows for chunk in self.manifest.chunks]
+
+    @property
+    def kept_rows(self) -> list[int]:
+        """Rows of each chunk, from the first on, that can be read before training."""
+        return self.chunk_rows
 
     @property
     def dtype(self) -> str:

@@ -163,14 +163,15 @@ def missing_chunks(path: str, n: int) -> list[int]:
     found = []
     for index in range(n):
         if f"chunk_{index}.json" in recorded:
-            record = _read_record(path, index)
+            record = read_record(path, index)
             if files.size(files.join(path, record.file)) == record.bytes:
                 continue
         found.append(index)
     return found
 
 
-def _read_record(path: str, index: int) -> ChunkRecord:
+def read_record(path: str, index: int) -> ChunkRecord:
+    """What is known of a complete chunk."""
     return ChunkRecord.model_validate(files.read_mapping(_record_file(path, index)))
 
 
@@ -182,7 +183,7 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     if missing := missing_chunks(path, len(plan)):
         names = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
         raise UserError(f"{path}: {len(missing)} of {len(plan)} chunks are missing ({names}); generate again")
-    chunks = tuple(_read_record(path, index) for index in range(len(plan)))
+    chunks = tuple(read_record(path, index) for index in range(len(plan)))
     assert [chunk.rows for chunk in chunks] == plan, "chunks hold the rows that were planned"
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -194,7 +195,7 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
         fingerprint=fingerprint(identity),
         identity=dict(identity),
     )
-    moments = _merged_moments(path, manifest)
+    moments = merged_moments(path, manifest)
     _write_statistics(path, moments)
     _write_crosslayer_coding(path, manifest, moments)
     for name in files.listdir(path):
@@ -204,7 +205,8 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def _merged_moments(path: str, manifest: Manifest) -> dict[str, Moments]:
+def merged_moments(path: str, manifest: Manifest) -> dict[str, Moments]:
+    """Moments of each site over the chunks of a manifest."""
     total: dict[str, Moments] = {}
     for chunk in manifest.chunks:
         with np.load(io.BytesIO(files.read_bytes(_moments_file(path, chunk.index)))) as found:

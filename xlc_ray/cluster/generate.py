@@ -4,7 +4,7 @@
 2. For each chunk that is missing: one of a pool of language-model actors harvests it, a task writes it.
 
 The plan fixes everything: a rerun makes only what is missing, and neither interruptions nor the number of actors change
-the result.
+the result. For a live source, of the training split only the sample is made here, the rest by generators.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
+from xlc_ray.activations.live import sample_chunks
 from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.cluster import plan
 from xlc_ray.cluster.blocks import data_context
 from xlc_ray.cluster.session import available, connect, require, resolve
 from xlc_ray.config import Cluster, Config
+from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.progress import Progress
 
 WRITERS = 2
@@ -39,9 +41,9 @@ Chunk = tuple[bool, int]
 def generate(config: Config) -> dict[str, Any]:
     """Make the activations that `config` asks for, or what is still missing of them, at `source.path`.
 
-    Returns `path`, `sites`, `tokens`, `held_out_tokens`, `bytes`, `chunks`, and of what was made now: `made` (chunks),
-    `seconds`, `tokens_per_s`. Raises UserError where settings, model or text do not allow it, or the path holds
-    activations made with other settings.
+    Returns `path`, `sites`, `tokens`, `held_out_tokens`, `bytes`, `chunks`, `live` (chunks left to live training), and
+    of what was made now: `made` (chunks), `seconds`, `tokens_per_s`. Raises UserError where settings, model or text do
+    not allow it, or the path holds activations made with other settings.
     """
     config = resolve(config)
     paths = {False: config.source.path, True: files.join(config.source.path, "held_out")}
@@ -52,31 +54,42 @@ def generate(config: Config) -> dict[str, Any]:
     if any(store.read_plan(path) is None for path in paths.values()):
         plan.make_plan(config, paths)
     rows = {held_out: store.read_plan(path) or [] for held_out, path in paths.items()}
-    todo = [(held_out, i) for held_out, path in paths.items() for i in store.missing_chunks(path, len(rows[held_out]))]
+    wanted = dict(rows)
+    match config.source:
+        case LiveSource(sample_tokens=tokens):
+            wanted[False] = rows[False][: sample_chunks(rows[False], tokens)]
+        case StoreSource() | HttpSource():
+            pass
+    todo = [
+        (held_out, i) for held_out, path in paths.items() for i in store.missing_chunks(path, len(wanted[held_out]))
+    ]
     started = time.monotonic()
     if todo:
-        _make_chunks(config, list(widths), paths, rows, todo)
+        _make_chunks(config, list(widths), paths, wanted, todo)
     seconds = time.monotonic() - started
     for held_out, path in paths.items():
-        if any(split == held_out for split, _ in todo) or not files.exists(files.join(path, "manifest.json")):
+        changed = any(split == held_out for split, _ in todo) or not files.exists(files.join(path, "manifest.json"))
+        if changed and not store.missing_chunks(path, len(rows[held_out])):
             store.finish(path, identities[held_out])
     made_tokens = sum(rows[held_out][i] for held_out, i in todo)
-    return _summary(paths, widths) | {
+    return _summary(config, widths) | {
         "made": len(todo),
         "seconds": seconds,
         "tokens_per_s": made_tokens / seconds if todo else 0.0,
     }
 
 
-def _summary(paths: dict[bool, str], widths: dict[str, int]) -> dict[str, Any]:
-    manifests = {held_out: store.open_store(path).manifest for held_out, path in paths.items()}
+def _summary(config: Config, widths: dict[str, int]) -> dict[str, Any]:
+    train, held_out = (store.open_source(config.source, *inside).manifest for inside in ((), ("held_out",)))
+    made = [chunk for manifest in (train, held_out) for chunk in manifest.chunks if chunk.bytes]
     return {
-        "path": paths[False],
+        "path": config.source.path,
         "sites": list(widths),
-        "tokens": manifests[False].tokens,
-        "held_out_tokens": manifests[True].tokens,
-        "bytes": sum(chunk.bytes for manifest in manifests.values() for chunk in manifest.chunks),
-        "chunks": sum(len(manifest.chunks) for manifest in manifests.values()),
+        "tokens": train.tokens,
+        "held_out_tokens": held_out.tokens,
+        "bytes": sum(chunk.bytes for chunk in made),
+        "chunks": len(made),
+        "live": len(train.chunks) + len(held_out.chunks) - len(made),
     }
 
 
@@ -135,17 +148,25 @@ class Harvester:
         self._config, self._sites, self._paths = config, sites, paths
         self._model: LanguageModel | ModelPair | None = None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One chunk: columns `held_out` and `index` (the same in every row), and one of [rows, width] a site."""
+    def load(self) -> LanguageModel | ModelPair:
+        """The model, loaded if it is not."""
         if self._model is None:
             cluster = self._config.cluster
             torch.set_num_threads(max(1, int(cluster.cpus_per_model)))  # Ray allows workers one thread
             self._model = load_models(self._config, self._sites, "cuda" if cluster.gpus_per_model else "cpu")
+        return self._model
+
+    def make(self, held_out: bool, index: int) -> dict[str, np.ndarray]:
+        """One chunk: {site: [rows, width]} in the stored form."""
+        chunk, make = store.read_text(self._paths[held_out], index), self._config.generate
+        return harvest_chunk(self.load(), chunk, self._sites, make.batch_windows, make.dtype)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One chunk: columns `held_out` and `index` (the same in every row), and one of [rows, width] a site."""
         held_out, index = bool(batch["held_out"].item()), int(batch["index"].item())
-        chunk = store.read_text(self._paths[held_out], index)
-        make = self._config.generate
-        found = harvest_chunk(self._model, chunk, self._sites, make.batch_windows, make.dtype)
-        return {"held_out": np.full(chunk.rows, held_out), "index": np.full(chunk.rows, index), **found}
+        found = self.make(held_out, index)
+        rows = len(next(iter(found.values())))
+        return {"held_out": np.full(rows, held_out), "index": np.full(rows, index), **found}
 
 
 def write_chunk(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """What is looked at before training starts, because Ray would wait for it in silence or fail late: each wrong thing a
 clause of one line.
 
-Workers leave CPUs to Ray Data; a replica fits a node; network interfaces exist; the object stores hold the windows that
-are read ahead; the nodes see the store and the run directory; checkpoints fit the disk.
+Workers leave CPUs to Ray Data, or room for the language model of live training; a replica fits a node; network
+interfaces exist; the object stores hold the windows that are read ahead, or the chunks that live training holds; the
+nodes see the store and the run directory; checkpoints fit the disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from xlc_ray import files
 from xlc_ray.activations.store import Store, stored_dtype
 from xlc_ray.cluster.data import PREFETCH, READERS
+from xlc_ray.cluster.live import chunk_bytes
 from xlc_ray.cluster.placement import FULL, Node, Place, best, capacity, layouts, nodes_now
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary import Wiring, checkpoint
 from xlc_ray.training import plan
 from xlc_ray.training.machine import GB
@@ -52,7 +56,13 @@ def check(config: Config, data: Store, wiring: Wiring) -> None:
     nodes = nodes_now(free=False)
     problems = [*room(config, nodes), *disk(config, wiring)]
     stores = {n["NodeID"]: n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]}
-    if place := best(config, nodes):
+    place = best(config, nodes)
+    if place and isinstance(config.source, LiveSource):
+        problems += [
+            *model_room(config, place, nodes),
+            *held_chunks(config.source, data, wiring, nodes, stores),
+        ]
+    elif place:
         problems += object_stores(config, data, wiring, place, nodes, stores)
     paths = [files.local(p) for p in (data.path, config.out) if not files.is_url(p)]
     for node, found in ask([n for n in nodes if capacity(n, config.cluster)], paths).items():
@@ -96,6 +106,39 @@ def object_stores(
                 f"source.window_slices: {config.source.window_slices} slices of {config.source.slice_rows} rows of "
                 f"{row_bytes:,} bytes need {need / GB:.2f} GB of the object store of node {node.address}, which has "
                 f"{stores[node.id] / GB:.2f} GB; lower it, or start Ray with a larger --object-store-memory"
+            )
+
+
+def model_room(config: Config, place: Place, nodes: Sequence[Node]) -> Iterator[str]:
+    """A node for a language model, beside the workers of live training."""
+    cluster, taken = config.cluster, Counter(place.nodes)
+    left = [
+        (n.cpus - taken[n.id] * cluster.cpus_per_worker, n.gpus - taken[n.id] * cluster.gpus_per_worker) for n in nodes
+    ]
+    if not any(c + FULL >= cluster.cpus_per_model and g + FULL >= cluster.gpus_per_model for c, g in left):
+        yield (
+            f"cluster.cpus_per_model: live training needs a node with {cluster.cpus_per_model:g} CPUs and "
+            f"{cluster.gpus_per_model:g} GPUs for a language model beside the workers, which leave "
+            f"{', '.join(f'{c:g} and {g:g}' for c, g in left)}; lower it or the workers', or add nodes"
+        )
+
+
+def held_chunks(
+    live: LiveSource,
+    data: Store,
+    wiring: Wiring,
+    nodes: Sequence[Node],
+    stores: Mapping[str, float],
+) -> Iterator[str]:
+    """The chunks that live training holds, against the object store of each node: any may come to hold them all."""
+    each = chunk_bytes(data, list(data.manifest.sites) if live.tee else wiring.sites)
+    need = min(live.held_chunks, len(data.chunk_rows)) * each
+    for node in nodes:
+        if need > stores[node.id]:
+            yield (
+                f"source.held_chunks: {live.held_chunks} chunks of {each / GB:.2f} GB need {need / GB:.2f} GB of the "
+                f"object store of node {node.address}, which has {stores[node.id] / GB:.2f} GB; lower it with "
+                "source.mix_chunks, or generate.chunk_tokens, or start Ray with a larger --object-store-memory"
             )
 
 

@@ -15,7 +15,7 @@ import ray.data
 from ray.exceptions import AuthenticationError
 
 from xlc_ray.config import Config, UserError
-from xlc_ray.config.sources import HttpSource, StoreSource
+from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.files import local
 
 QUIET = ("Progress bars disabled", "Exception occurred in", "An exception was raised from a task", "Full stack trace")
@@ -134,6 +134,8 @@ def resolve(config: Config) -> Config:
             places["source.path"] = path
             if cache:
                 places["source.cache.path"] = cache.path
+        case LiveSource(path=path, tee=tee):
+            places |= {"source.path": path} | ({"source.tee": tee} if tee else {})
         case HttpSource():
             pass
     for path, name in places.items():

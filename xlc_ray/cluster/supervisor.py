@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -39,19 +40,21 @@ START_SECONDS = "30"
 Worker = Callable[[dict[str, Any]], Any]
 
 
-def supervise(config: Config, worker: Worker) -> None:
-    """Run groups of `worker({config, place, attempt})` until one reaches the end.
+def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
+    """Run groups of `worker({config, place, attempt, generators})` until one reaches the end.
 
     Raises UserError for a mistake that a worker found or where no room comes up within `cluster.node_wait_s`, and what
     made a worker fail after `cluster.max_failures` restarts in a row that brought no new checkpoint.
     """
     left, newest = config.cluster.max_failures, checkpoint.steps(config.out)[-1:]
     while True:
+        if generators is not None:
+            ray.get(generators.rest.remote())  # language models take the room that workers leave, not theirs
         place = _room(config)
         attempt = time.strftime("%Y%m%dT%H%M%S")
         try:
             with _interruptible():
-                result: Any = _trainer(config, worker, place, attempt).fit()
+                result: Any = _trainer(config, worker, place, attempt, generators).fit()
             if result.return_value != GROWN:
                 return
             print(f"train: nodes are back; {_onward(config)}", flush=True)
@@ -96,7 +99,7 @@ def _room(config: Config) -> Place:
         time.sleep(0.5)
 
 
-def _trainer(config: Config, worker: Worker, place: Place, attempt: str) -> TorchTrainer:
+def _trainer(config: Config, worker: Worker, place: Place, attempt: str, generators: Any) -> TorchTrainer:
     cluster = config.cluster
     gpus = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpus else {})
@@ -105,7 +108,7 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str) -> Torc
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s + 2 * watchdog.GRACE)
     return TorchTrainer(
         worker,
-        train_loop_config={"config": config, "place": place, "attempt": attempt},
+        train_loop_config={"config": config, "place": place, "attempt": attempt, "generators": generators},
         scaling_config=ScalingConfig(
             num_workers=place.layout.workers,
             use_gpu=gpus,

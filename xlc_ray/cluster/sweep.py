@@ -151,6 +151,11 @@ def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
                 "cluster.tensor_parallel: 1, or choose frontier"
             )
         path = config.source.path
+        if config.source.kind == "live":
+            raise UserError(
+                "source.kind: live trains one run on what its language models make; sweeps read a store: source.kind: "
+                "store (one training run with source.tee writes it)"
+            )
         if path not in stores:
             stores[path] = open_or_make(config)
             if not files.exists(files.join(path, "held_out")):

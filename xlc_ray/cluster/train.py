@@ -19,17 +19,19 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from xlc_ray import files
+from xlc_ray.activations.live import is_ready
 from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
+from xlc_ray.cluster.live import generating, live_batches
 from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
-from xlc_ray.config.sources import HttpSource, StoreSource
+from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
@@ -56,20 +58,22 @@ def train(config: Config) -> dict[str, Any]:
         preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with driving(config.out), _Watch(config, step or 0):
-            supervise(config, _worker)
+        with driving(config.out), generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
+            supervise(config, _worker, generators)
     return {**logs.read(config.out)[-1], "out": config.out}
 
 
 def open_or_make(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
-    if not is_there(config.source.path):
+    match config.source:
+        case LiveSource(path=path, sample_tokens=tokens):
+            there, what = is_ready(path, tokens), f"source.path: text, held-out part or sample are missing at {path}"
+        case HttpSource(url=url, dataset_id=dataset):
+            there, what = is_there(config.source.path), f"source.dataset_id: no complete store {dataset} at {url}"
+        case StoreSource(path=path):
+            there, what = is_there(path), f"source.path: no complete store at {path}"
+    if not there:
         if not config.source.make_if_missing:
-            match config.source:
-                case HttpSource(url=url, dataset_id=dataset):
-                    what = f"source.dataset_id: no complete store {dataset} at {url}"
-                case StoreSource(path=path):
-                    what = f"source.path: no complete store at {path}"
             raise UserError(
                 f"{what}; make it by jobs/generate.py with the same settings, or set source.make_if_missing: true"
             )
@@ -86,13 +90,13 @@ def _worker(settings: dict[str, Any]) -> str | None:
     stacks = files.join(config.out, "stacks", settings["attempt"])
     with Watchdog(config.cluster.hang_timeout_s, stacks, dist.get_rank()) as watchdog:
         try:
-            _train_rank(config, place, watchdog)
+            _train_rank(config, place, watchdog, settings)
         except Stop:  # nodes are back
             return GROWN
     return None
 
 
-def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
+def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict[str, Any]) -> None:
     device = get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))  # Ray allows workers one thread
     torch.manual_seed(config.seed)
@@ -103,9 +107,11 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
-        train, rows = config.train, loop.order_for(config, data)
-        where = shards.replica, shards.replicas
-        return replica_batches(data, rows, wiring.sites, train.batch_tokens, first, train.steps, *where)
+        train, rows = config.train, loop.order_for(config, data.chunk_rows)
+        what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
+        if settings["generators"] is not None:
+            return live_batches(settings["generators"], settings["attempt"], *what)
+        return replica_batches(*what)
 
     def saved(step: int, metrics: dict[str, Any]) -> None:
         # Ray Train hears of checkpoints only: each report waits for the controller's next poll. The checkpoint itself

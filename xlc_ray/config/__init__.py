@@ -19,7 +19,7 @@ from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.gate_losses import check_gate
-from xlc_ray.config.sources import Source
+from xlc_ray.config.sources import LiveSource, Source
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
 __all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
@@ -98,6 +98,11 @@ class Config(Settings):
             raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")
         if self.train.resample:  # of a wiring of the user's own it is asked when that is built
             self.train.resample.check_tying(getattr(self.dictionary.wiring, "tied", None))
+        if self.train.resample and isinstance(self.source, LiveSource):
+            raise ValueError(
+                "train.resample: reads rows that live training has not kept; use train.loss.auxk or train.loss.ghost, "
+                "or source.kind: store"
+            )
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(
                 f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from xlc_ray.config.base import Name, Settings
 
@@ -25,14 +25,16 @@ class Cache(Settings):
 
 
 class Reading(Settings):
-    """What all stored activations have in common."""
+    """What all sources have in common."""
 
     slice_rows: Annotated[int, Field(ge=1)] = 64
     """Rows read in one piece: the unit that is shuffled over the whole store."""
     window_slices: Annotated[int, Field(ge=1)] = 256
     """Slices, drawn from all chunks, whose rows are mixed with each other."""
+    mix_chunks: Annotated[int, Field(ge=1)] | None = None
+    """Draw slices from so many consecutive chunks at a time, which move on through the store; null = from all."""
     make_if_missing: bool = False
-    """Where the store is missing or incomplete, training first generates it."""
+    """Where the store (live: the text and the sample) is missing or incomplete, training first generates it."""
     verify: bool = True
     """Check every chunk's checksum before the first step; at a URL that reads it all, but for a server of ours."""
 
@@ -67,4 +69,34 @@ class HttpSource(Reading):
         return f"xlc+{scheme}://{f'{self.token_env}@' if self.token_env else ''}{host}/{self.dataset_id.strip('/')}"
 
 
-Source = Annotated[StoreSource | HttpSource, Field(discriminator="kind")]
+class LiveSource(Reading):
+    """Activations that language-model actors make while training goes on; training rows are stored nowhere."""
+
+    kind: Literal["live"] = "live"
+    """The tag of this source."""
+    path: Name
+    """A directory or URL for the text, the held-out activations and the sample; with tee it need not be given."""
+    tee: Name | None = None
+    """Also write the store that jobs/generate.py would make, here, for later epochs and runs."""
+    sample_tokens: Annotated[int, Field(ge=1)] = 65536
+    """Training rows, the first, that are made beforehand and stored: their statistics are those of the run."""
+    mix_chunks: Annotated[int, Field(ge=1)] = 8  # pyrefly: ignore[bad-override]
+    """Draw slices from so many consecutive chunks at a time, which move on through the text."""
+    held_chunks: Annotated[int, Field(ge=2)] = 12
+    """Chunks in the object store at most: those that are mixed (a little over mix_chunks) and those made ahead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tee_is_the_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tee") is not None and values.get("path") is None:
+            return values | {"path": values["tee"]}
+        return values
+
+    @model_validator(mode="after")
+    def _one_directory(self) -> LiveSource:
+        if self.tee not in (None, self.path):
+            raise ValueError(f"tee = {self.tee} already names the directory; leave out path = {self.path}")
+        return self
+
+
+Source = Annotated[StoreSource | HttpSource | LiveSource, Field(discriminator="kind")]

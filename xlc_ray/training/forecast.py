@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from xlc_ray.activations import sites
 from xlc_ray.activations.text import from_pretrained
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary.build import make_wiring
 from xlc_ray.dictionary.wiring import Wiring
 from xlc_ray.progress import duration
@@ -36,7 +37,15 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
     load = plan.work(config, wires, active)
     stored = _bytes_of_token(config, wires, *widths)
     yield from _cost(config, load)
-    tokens = config.generate.tokens + config.generate.held_out_tokens
+    train = config.generate.tokens
+    if isinstance(config.source, LiveSource):
+        train = train if config.source.tee else min(train, config.source.sample_tokens)
+        held = min(config.source.held_chunks * config.generate.chunk_tokens, config.generate.tokens)
+        yield (
+            f"live          {held * stored / GB:,.1f} GB of chunks in the object store at most; the language "
+            "model's time is not counted below"
+        )
+    tokens = train + config.generate.held_out_tokens
     yield f"disk          {tokens * stored / GB:,.1f} GB of activations: {tokens:,} tokens of {stored:,} bytes"
     if config.train.end_to_end:
         runs = 1 + len(wires.written_sites)

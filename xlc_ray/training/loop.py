@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ FREE = (
     "evaluate",
     "generate",
     "source.cache",
+    "source.held_chunks",
+    "source.tee",
     "source.token_env",
     "train.log_every",
     "train.checkpoint_every",
@@ -65,9 +67,10 @@ def _check_text(config: Config, data: store.Store) -> None:
         raise UserError(f"model.name: {config.model.name}; {config.source.path} is of {data.manifest.model}")
 
 
-def order_for(config: Config, data: store.Store) -> order.Order:
+def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
     """The order of a store's rows in this run."""
-    return order.Order(data.chunk_rows, config.seed, config.source.slice_rows, config.source.window_slices)
+    read = config.source
+    return order.Order(chunk_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
 
 
 def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
@@ -75,7 +78,7 @@ def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
 
     def read(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
         train = config.train
-        rows = order_for(config, data)
+        rows = order_for(config, data.chunk_rows)
         return source.batches(
             data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
         )
@@ -184,7 +187,8 @@ def train_by_steps(
     if found:
         learner.resume(config.out, found[-1])
     elif config.dictionary.bias_init != "zeros":
-        sample = source.first_rows(data, order_for(config, data), wiring.sites, config.train.calibration_tokens)
+        kept = order_for(config, data.kept_rows)
+        sample = source.first_rows(data, kept, wiring.sites, config.train.calibration_tokens)
         y = dictionary.normalize_targets({site: v.to(device) for site, v in sample.items()})
         start_bias(dictionary, y, config.dictionary.bias_init)
     leader = shards.rank == 0 and shards.replica == 0
@@ -248,7 +252,7 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     """The rows that resampling draws from: those that training reads next, of one epoch, all of them on every rank."""
     train, wiring, shards = config.train, learner.dictionary.wiring, learner.shards
     assert train.resample is not None
-    rows_in_order = order_for(config, data)
+    rows_in_order = order_for(config, data.chunk_rows)
     epoch, here = rows_in_order.epoch_rows, learner.step * train.batch_tokens
     tokens = min(train.resample.tokens, epoch)
     start = min(here, (here // epoch + 1) * epoch - tokens)  # a row that came twice could start two equal features

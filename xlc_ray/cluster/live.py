@@ -1,0 +1,123 @@
+"""Live training, as its driver and its workers see it: language models start and end with it, and a replica's leader
+reads its rows from chunks in the object store (generators.py has them made).
+
+Each window's rows are copied out of its chunks while the step before is taken, so a replica holds two windows besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from xlc_ray import files
+from xlc_ray.activations import store
+from xlc_ray.activations.live import LiveStore
+from xlc_ray.activations.order import Order, Window
+from xlc_ray.activations.source import ahead, rebatch, replica_rows, windows_of
+from xlc_ray.cluster.generators import Asker, Generators
+from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import LiveSource
+from xlc_ray.progress import size
+from xlc_ray.training.loop import order_for
+
+
+def check(config: Config, data: LiveStore) -> None:
+    """Raises UserError where fewer chunks may be held than one window and its neighbours mix."""
+    assert isinstance(config.source, LiveSource)
+    need = order_for(config, data.chunk_rows).most_chunks()
+    if need > config.source.held_chunks:
+        raise UserError(
+            f"source.held_chunks: {config.source.held_chunks} are fewer than the {need} that source.mix_chunks = "
+            f"{config.source.mix_chunks} mixes in windows of {config.source.window_slices} slices; allowed: at least "
+            f"{need}, and more to make some ahead"
+        )
+
+
+def chunk_bytes(data: store.Store, sites: Sequence[str]) -> int:
+    """Bytes of the largest chunk in memory."""
+    return max(data.chunk_rows) * store.stored_dtype(data.dtype).itemsize * sum(data.manifest.sites[s] for s in sites)
+
+
+@contextmanager
+def generating(config: Config, data: store.Store, sites: Sequence[str]) -> Iterator[Any]:
+    """The handle of `Generators` for a run, None where the source is not live. Ends all of it; after a run that came
+    to its end the store of `tee` is complete if every chunk was made."""
+    if not isinstance(data, LiveStore):
+        yield None
+        return
+    assert isinstance(config.source, LiveSource)
+    check(config, data)
+    # It dies with the driver and its node, which a run does not survive anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Generators).options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, max_concurrency=1000
+    )
+    generators: Any = actor.remote(config, tuple(sites))
+    try:
+        yield generators
+        facts = ray.get(generators.close.remote())
+    finally:
+        ray.kill(generators)
+    held = size(facts["most_held"] * chunk_bytes(data, list(data.manifest.sites) if config.source.tee else sites))
+    print(f"live      {facts['made']:,} chunks made, at most {facts['most_held']} held ({held})", flush=True)
+    if config.source.tee:
+        _finish(data, config.source.tee)
+
+
+def _finish(data: LiveStore, path: str) -> None:
+    left = len(store.missing_chunks(path, len(data.chunk_rows)))
+    if left:
+        print(f"tee       {left} chunks of {path} were not needed; jobs/generate.py makes them", flush=True)
+    elif not files.exists(files.join(path, "manifest.json")):
+        store.finish(path, data.manifest.identity)
+
+
+def live_batches(
+    generators: Any,
+    attempt: str,
+    data: store.Store,
+    order: Order,
+    sites: Sequence[str],
+    batch_rows: int,
+    start_batch: int,
+    stop_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A replica's share of batches start_batch … stop_batch-1, as `activations.source.batches` would give them, had the
+    chunks been stored. Raises what making a chunk raised, wrapped by Ray."""
+    windows = windows_of(order, batch_rows, start_batch, stop_batch)
+    asker = Asker(attempt, windows.start, replica, replicas)
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        for w in windows:
+            window = order.window(w)
+            keep = replica_rows(window, batch_rows, start_batch, stop_batch, replica, replicas)
+            if len(keep):
+                yield _rows(generators, asker, data, w, window, keep, sites)
+        ray.get(generators.done.remote(asker))
+
+    return rebatch(ahead(blocks()), batch_rows // replicas, data.dtype)
+
+
+def _rows(
+    generators: Any, asker: Asker, data: store.Store, w: int, window: Window, keep: np.ndarray, sites: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Rows `keep` of window w. Nothing of its chunks is referred to afterwards: they may be let go."""
+    chunk, row = window.chunk[keep], window.row[keep]
+    dtype = store.stored_dtype(data.dtype)
+    out = {site: np.empty((len(keep), data.manifest.sites[site]), dtype) for site in sites}
+    wanted = np.unique(chunk).tolist()
+    refs = ray.get(generators.chunks.remote(asker, w, wanted))
+    for index, ref in zip(wanted, refs, strict=True):
+        here = np.flatnonzero(chunk == index)
+        values = ray.get(ref)
+        for site in sites:
+            out[site][here] = values[site][row[here]]
+    return out
