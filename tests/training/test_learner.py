@@ -7,7 +7,7 @@ import torch
 
 from tests.dictionary import make
 from tests.equivalence import cases
-from xlc_ray.config.training import Constant, Linear
+from xlc_ray.config.losses import Constant, Linear
 from xlc_ray.dictionary import Shards, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.training import Diverged, Learner

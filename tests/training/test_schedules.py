@@ -2,7 +2,7 @@
 
 import pytest
 
-from xlc_ray.config.training import Constant, Cosine, Linear
+from xlc_ray.config.losses import Constant, Cosine, Linear
 from xlc_ray.training.schedules import factor
 
 

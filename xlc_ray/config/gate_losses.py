@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xlc_ray.config.dictionary import BatchTopKGate, CustomGate, Gate, TopKGate
-from xlc_ray.config.training import Loss
+from xlc_ray.config.losses import Loss
 
 COUNTED = ("jumprelu", "hard_concrete", "gated_hard_concrete")
 """Gates whose number of active features has a gradient."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from xlc_ray.config import Config
-from xlc_ray.config.training import Sparsity
+from xlc_ray.config.losses import Sparsity
 from xlc_ray.dictionary import connection, losses, nested
 from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.encoding import Encoding

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from xlc_ray.config.training import Constant, Cosine, Linear, Resample, Schedule
+from xlc_ray.config.losses import Constant, Cosine, Linear, Schedule
+from xlc_ray.config.training import Resample
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:
