@@ -141,10 +141,11 @@ def shared(o: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in ("store", "model"):
         rounds = []
-        for _ in range(o.repeats):
+        for _ in range(o.repeats + 1):  # the first one warms up
             with tempfile.TemporaryDirectory() as folder:
                 rounds.append(round_of(o, kind, data, model, folder))
                 same = equal(o, f"{folder}/{kind}")
+        rounds = rounds[1:]
         ratios = [each["alone"]["seconds"] / each["shared"]["seconds"] for each in rounds]
         found[kind] = {"speedup": statistics.median(ratios), "speedups": ratios, "equal_bits": same}
         for how in ("alone", "shared"):

@@ -18,6 +18,7 @@ from tests.cluster.actors import address
 from tests.config.tree import ROOT
 from tests.sweeps.make import sweep_in
 from xlc_ray import files
+from xlc_ray.cluster import runs
 from xlc_ray.cluster.sweep import sweep
 from xlc_ray.config import UserError
 
@@ -82,14 +83,20 @@ def test_a_crash_is_retried_from_the_last_stop_and_a_hopeless_trial_is_failed_al
 def test_trials_that_share_a_stream_on_two_ranks_are_those_of_one_process(cluster, written, tmp_path):
     """Cut trials leave their group, which goes on; two streams, by the number of ranks."""
     space = GATES | {"cluster.replicas": {"choice": [2], "when": {"dictionary.gate.kind": "topk"}}}
-    path = written(space=space, asha={"grace": 4, "reduction": 2}, share_activations=True)
+    asha, search = {"grace": 4, "reduction": 2}, {"metric": "fvu"}
+    path = written(space=space, asha=asha, search=search, share_activations=True)
     found = sweep(path).frame()
-    assert sorted(found["state"]) == ["finished", "finished", "stopped", "stopped"]
-    by_gate = found.groupby("dictionary.gate.kind")["state"].agg(sorted)
-    assert by_gate["topk"] == by_gate["batchtopk"] == ["finished", "stopped"], "one of each group leaves the other"
+    slow = found["train.lr"] == 0.003
+    assert set(found["state"][slow]) == {"stopped"}
+    assert set(found["step"][slow]) == {4}, "one of each group leaves the other, which goes on"
     alone = sweep(path, {"out": str(tmp_path / "alone"), "asha": None, "share_activations": False}, local=True).frame()
     done = found["state"] == "finished"
+    assert done.any()
     assert_same(found[done], alone[done])
+    assert [run.name for run in runs.find(str(tmp_path / "sweep"))][1:] == [
+        f"sweep/{t}" for t in sorted(found["trial"])
+    ]
+    assert runs.find(str(tmp_path / "sweep"))[0].state == "finished", "as jobs/monitor.py tells"
 
 
 @pytest.mark.slow
