@@ -9,13 +9,13 @@ again, costs chunks that are made once more, and changes none.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from xlc_ray.activations import store
 from xlc_ray.activations.order import Need
@@ -75,7 +75,7 @@ class Generators:
         for future in self._asked.values():
             future.cancel()
         self._attempt, self._replicas = attempt, 0
-        self._failure: RayError | None = None
+        self._failure: BaseException | None = None
         self._asking: set[int] = set()
         self._at: dict[int, float] = {}
         self._held: dict[Key, Chunk] = {}
@@ -149,38 +149,37 @@ class Generators:
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)  # the loop itself keeps no task alive
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._ended, self._attempt))
 
-    async def _get(self, chunk: Chunk, stored: bool) -> None:
-        """Make a chunk, or read it where it is stored; write it, if that is wanted."""
-        attempt, index = self._attempt, chunk.need.chunk
-        try:
-            if stored:
-                answer: Any = _stored_chunk.remote(self._data, index, self._sites)
-                values, there = answer
-                await there
-            else:
-                values = await self._models.make(index)
-            self._facts["read" if stored else "made"] += 1
-            if not chunk.made.done():
-                chunk.made.set_result(values)
-            if chunk.writing:
-                async with self._writers:
-                    await _write_chunk.remote(self._data.path, index, values, self._data.dtype)
-                self._facts["written"] += 1
-                self._stored.add(index)
-                chunk.writing = False
-                self._move()
-        except RayError as error:
-            self._fail(error, attempt)
-
-    def _fail(self, error: RayError, attempt: str) -> None:
-        """All who wait or will ask are told; not those of a later worker group."""
-        if attempt == self._attempt:
+    def _ended(self, attempt: str, task: asyncio.Task[None]) -> None:
+        """Of what failed, all who wait or will ask are told; not those of a later worker group."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error and attempt == self._attempt:
             self._failure = error
             for future in self._asked.values():
                 if not future.done():
                     future.set_exception(error)
+
+    async def _get(self, chunk: Chunk, stored: bool) -> None:
+        """Make a chunk, or read it where it is stored; write it, if that is wanted."""
+        index = chunk.need.chunk
+        if stored:
+            answer: Any = _stored_chunk.remote(self._data, index, self._sites)
+            values, there = answer
+            await there
+        else:
+            values = await self._models.make(index)
+        self._facts["read" if stored else "made"] += 1
+        if not chunk.made.done():
+            chunk.made.set_result(values)
+        if chunk.writing:
+            async with self._writers:
+                await _write_chunk.remote(self._data.path, index, values, self._data.dtype)
+            self._facts["written"] += 1
+            self._stored.add(index)
+            chunk.writing = False
+            self._move()
 
 
 @ray.remote(num_cpus=0, num_returns=2)

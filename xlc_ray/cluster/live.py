@@ -6,7 +6,7 @@ Each window's rows are copied out of its chunks while the step before is taken, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.live import LiveStore
-from xlc_ray.activations.order import Order, Window
+from xlc_ray.activations.order import Order
 from xlc_ray.activations.source import ahead, rebatch, replica_rows, windows_of
 from xlc_ray.cluster.generators import Asker, Generators
 from xlc_ray.config import Config, UserError
@@ -96,28 +96,33 @@ def live_batches(
     asker = Asker(attempt, windows.start, replica, replicas)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
+        held: dict[tuple[int, int], Any] = {}
         for w in windows:
             window = order.window(w)
             keep = replica_rows(window, batch_rows, start_batch, stop_batch, replica, replicas)
             if len(keep):
-                yield _rows(generators, asker, data, w, window, keep, sites)
+                epoch, chunk = w // order.epoch_windows, window.chunk[keep]
+                wanted = [(epoch, c) for c in np.unique(chunk).tolist()]
+                # What this window does not want may be let go from here on: nothing must refer to it.
+                held = {key: held[key] for key in wanted if key in held}
+                new = [key for key in wanted if key not in held]
+                refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new]))
+                held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
+                yield _rows({c: values for (_, c), values in held.items()}, chunk, window.row[keep], sites)
+        held.clear()
         ray.get(generators.done.remote(asker))
 
     return rebatch(ahead(blocks()), batch_rows // replicas, data.dtype)
 
 
 def _rows(
-    generators: Any, asker: Asker, data: store.Store, w: int, window: Window, keep: np.ndarray, sites: Sequence[str]
+    chunks: Mapping[int, Mapping[str, np.ndarray]], chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Rows `keep` of window w. Nothing of its chunks is referred to afterwards: they may be let go."""
-    chunk, row = window.chunk[keep], window.row[keep]
-    dtype = store.stored_dtype(data.dtype)
-    out = {site: np.empty((len(keep), data.manifest.sites[site]), dtype) for site in sites}
-    wanted = np.unique(chunk).tolist()
-    refs = ray.get(generators.chunks.remote(asker, w, wanted))
-    for index, ref in zip(wanted, refs, strict=True):
+    """Copies of rows: chunk [n], row [n] → {site: [n, width]}."""
+    first = next(iter(chunks.values()))
+    out = {site: np.empty((len(row), first[site].shape[1]), first[site].dtype) for site in sites}
+    for index, values in chunks.items():
         here = np.flatnonzero(chunk == index)
-        values = ray.get(ref)
         for site in sites:
             out[site][here] = values[site][row[here]]
     return out

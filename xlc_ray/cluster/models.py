@@ -124,7 +124,7 @@ class Models:
         self.most = max(self.most, len(self._all))
         try:
             await model.actor.load.remote()
-        except RayError as error:
+        except RayError as error:  # of its constructor or libraries, which no restart would mend
             for turn in self._waiting:
                 turn.set_exception(error)
             self._waiting.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from xlc_ray.config.base import Name, Settings
 
@@ -71,6 +71,11 @@ class HttpSource(Reading):
 
 class LiveSource(Reading):
     """Activations that language-model actors make while training goes on; training rows are stored nowhere."""
+
+    # For editors: a section without kind is a store.
+    model_config = ConfigDict(
+        json_schema_extra={"required": ["kind"], "anyOf": [{"required": ["path"]}, {"required": ["tee"]}]}
+    )
 
     kind: Literal["live"] = "live"
     """The tag of this source."""
