@@ -2,7 +2,8 @@
 
 `layer_{l}/inputs` and `layer_{l}/targets` hold mlp_in.l and mlp_out.l (crosslayer-coding's layout), `sites/<name>` any
 other site. bfloat16 is kept as its bits in uint16, since neither numpy nor HDF5 knows it: `encode` and `decode` are the
-only places that turn numbers into stored arrays and back.
+only places that turn numbers into arrays and back. int8 is float32 in memory; on disk it is `int8/<name>/values` and
+`side` (compact.py), out of the way of programs that would take it for numbers.
 """
 
 from __future__ import annotations
@@ -19,24 +20,36 @@ import torch
 import xxhash
 
 from xlc_ray import files
+from xlc_ray.activations.compact import Packed
 from xlc_ray.activations.manifest import ChunkRecord
 from xlc_ray.activations.sites import of_base, parse
 from xlc_ray.config import UserError
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_STORED["int8"] = _STORED["float32"]
 PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
 _CHECKED: dict[str, tuple[int, int, int]] = {}
 _OPEN_FILES = 64  # bounds descriptors and maps: a store may have thousands of chunks
 
 
 def stored_dtype(dtype: str) -> np.dtype:
-    """The numpy type on disk of float32, float16 or bfloat16 (uint16 bits)."""
+    """The numpy type of arrays of float32, float16, bfloat16 (uint16 bits) or int8 (float32)."""
     return _STORED[dtype]
 
 
+def on_disk(dtype: str) -> np.dtype:
+    """The same, as it lies in a file."""
+    return np.dtype(np.int8) if dtype == "int8" else _STORED[dtype]
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """What holds any number of a store of this type, and no more."""
+    return torch.float32 if dtype == "int8" else getattr(torch, dtype)
+
+
 def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
-    """A tensor in its stored form. Raises UserError, naming `where`, if a finite value becomes infinite."""
-    stored = values.to(getattr(torch, dtype))
+    """A tensor as such an array. Raises UserError, naming `where`, if a finite value becomes infinite."""
+    stored = values.to(torch_dtype(dtype))
     if dtype == "float16" and bool((stored.isinf() & ~values.isinf()).any()):
         largest = float(values.abs().max())
         raise UserError(f"generate.dtype: float16 cannot hold {largest:.3g} at {where}; allowed: bfloat16, float32")
@@ -45,31 +58,35 @@ def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
 
 
 def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """A stored array as a float32 tensor."""
+    """Such an array as a float32 tensor."""
     assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
     return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).float()
 
 
 def dataset_name(site: str) -> str:
-    """Where a site's array stands in a chunk file."""
+    """Where a site's array stands in a chunk file, but for int8."""
     kind, layer = parse(site)
     shared = {} if of_base(site) else {"mlp_in": f"layer_{layer}/inputs", "mlp_out": f"layer_{layer}/targets"}
     return shared.get(kind, f"sites/{site}")
 
 
-def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> ChunkRecord:
+def _place(site: str, dtype: str) -> str:
+    return f"int8/{site}/values" if dtype == "int8" else dataset_name(site)
+
+
+def write(directory: str, index: int, arrays: Mapping[str, np.ndarray | Packed]) -> ChunkRecord:
     """Write `chunk_{index}.hdf5`, whole or not at all, and say what was written."""
     name = f"chunk_{index}.hdf5"
     target = files.join(directory, name)
-    rows = {len(array) for array in arrays.values()}
+    rows = {len(array.values if isinstance(array, Packed) else array) for array in arrays.values()}
     assert len(rows) == 1, "every site has the same rows"
     files.makedirs(directory)
     # Beside the target, so that the rename stays on one file system.
     parent = None if files.is_url(directory) else files.local(directory)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent) as place:
         partial = Path(place) / f"{name}.part"
-        offsets = _write_hdf5(partial, arrays)
+        offsets, sides = _write_hdf5(partial, arrays)
         record = ChunkRecord(
             index=index,
             file=name,
@@ -77,6 +94,7 @@ def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> Chunk
             bytes=partial.stat().st_size,
             checksum=checksum(str(partial)),
             offsets=offsets,
+            sides=sides,
         )
         if files.is_url(directory):
             fs, inner = files.filesystem(target)
@@ -87,17 +105,26 @@ def write(directory: str, index: int, arrays: Mapping[str, np.ndarray]) -> Chunk
     return record
 
 
-def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray | Packed]) -> tuple[dict[str, int | None], dict[str, int]]:
+    offsets: dict[str, int | None] = {}
+    sides: dict[str, int] = {}
     with h5py.File(path, "w") as file:
-        found = {}
+
+        def put(name: str, array: np.ndarray) -> int:
+            offset = file.create_dataset(name, data=array, track_times=False).id.get_offset()
+            assert offset is not None, "a contiguous dataset has an offset"
+            return offset
+
         for site, array in arrays.items():
-            dataset = file.create_dataset(dataset_name(site), data=array, track_times=False)
-            found[site] = dataset.id.get_offset()
-            assert found[site] is not None, "a contiguous dataset has an offset"
+            if isinstance(array, Packed):
+                offsets[site] = put(_place(site, "int8"), array.values)
+                sides[site] = put(f"int8/{site}/side", array.side)
+            else:
+                offsets[site] = put(dataset_name(site), array)
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return found
+    return offsets, sides
 
 
 def checksum(path: str) -> str:
@@ -142,9 +169,14 @@ def scatter(
             dataset = check_dataset(_hdf5(path, identity), path, site, (record.rows, width), dtype)
             _scatter_hdf5(dataset, rows, to, values)
             continue
-        stored = _STORED[dtype]
+        stored = on_disk(dtype)
         raw = _mapped(path, identity)[offset : offset + record.rows * width * stored.itemsize]
         values[to] = raw.view(stored).reshape(record.rows, width)[rows]
+
+
+def span(path: str, record: ChunkRecord, start: int, stop: int) -> np.ndarray:
+    """Bytes start … stop-1 of a local chunk file, mapped. Raises UserError naming a file that is missing or cut."""
+    return _mapped(path, _identity(path, record.bytes))[start:stop]
 
 
 def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype: str) -> None:
@@ -154,7 +186,7 @@ def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype
             dataset = check_dataset(file, path, site, (record.rows, widths[site]), dtype)
             if offset is not None and dataset.id.get_offset() != offset:
                 raise UserError(
-                    f"{path}: {dataset_name(site)} is not where the manifest says; generate this chunk again"
+                    f"{path}: {_place(site, dtype)} is not where the manifest says; generate this chunk again"
                 )
 
 
@@ -189,14 +221,14 @@ def open_hdf5(path: str) -> h5py.File:
 
 def check_dataset(file: h5py.File, path: str, site: str, shape: Sequence[int], dtype: str) -> h5py.Dataset:
     """A site's dataset in an open file. Raises UserError where it is missing or of another shape or type."""
-    name = dataset_name(site)
+    name = _place(site, dtype)
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: has no dataset {name}")
     if dataset.shape != tuple(shape):
         raise UserError(f"{path}: {name} has shape {list(dataset.shape)} where the store says {list(shape)}")
-    if dataset.dtype != _STORED[dtype]:
-        raise UserError(f"{path}: {name} holds {dataset.dtype} where the store says {_STORED[dtype]} ({dtype})")
+    if dataset.dtype != on_disk(dtype):
+        raise UserError(f"{path}: {name} holds {dataset.dtype} where the store says {on_disk(dtype)} ({dtype})")
     return dataset
 
 

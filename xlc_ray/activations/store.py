@@ -1,7 +1,7 @@
 """The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
 
 Local files are memory-mapped, URLs are read by byte ranges from the manifest's offsets, compressed files by h5py
-slices. Arrays keep the stored type (bfloat16 as uint16 bits) until `decode`.
+slices. Arrays keep the stored type (bfloat16 as uint16 bits) until `decode`; int8 is float32 as soon as it is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from xlc_ray import files
 from xlc_ray.activations import chunkfile, foreign
-from xlc_ray.activations.chunkfile import decode, encode, stored_dtype
+from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
+from xlc_ray.activations.compact import Span, unpack_rows
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
@@ -48,6 +49,7 @@ __all__ = [
     "read_plan",
     "read_text",
     "stored_dtype",
+    "torch_dtype",
     "write_chunk",
     "write_plan",
     "write_text",
@@ -98,7 +100,7 @@ class Store:
 
     @property
     def dtype(self) -> str:
-        """float32, float16 or bfloat16."""
+        """float32, float16, bfloat16 or int8."""
         return self.manifest.dtype
 
     def read(self, chunk: int, start: int, stop: int, sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -110,19 +112,30 @@ class Store:
         for site in sites:
             if site not in self.manifest.sites:
                 raise UserError(f"{self.path}: has no site {site}; allowed: {', '.join(self.manifest.sites)}")
-        stored = stored_dtype(self.dtype)
+        stored = chunkfile.on_disk(self.dtype)
         out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
         order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
         if files.is_url(self.path):
             self._fetch(chunk[order], row[order], order, out)
-            return out
-        for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1):
-            if len(part):
-                record = self.manifest.chunks[chunk[part[0]]]
-                path = files.join(files.local(self.path), record.file)
-                chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out)
+        else:
+            for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1):
+                if len(part):
+                    record = self.manifest.chunks[chunk[part[0]]]
+                    path = files.join(files.local(self.path), record.file)
+                    chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out)
+        if self.dtype == "int8":
+            return unpack_rows(self._spans, self.manifest, chunk, row, out)
         return out
+
+    def _spans(self, spans: Sequence[Span]) -> Sequence[np.ndarray | bytes]:
+        """The bytes of spans of chunk files."""
+        if not files.is_url(self.path):
+            base = files.local(self.path)
+            return [chunkfile.span(files.join(base, record.file), record, *ends) for record, *ends in spans]
+        fs, base = files.filesystem(self.path)
+        names = [files.join(base, record.file) for record, _, _ in spans]
+        return fs.cat_ranges(names, [s for _, s, _ in spans], [s for _, _, s in spans], on_error="raise")
 
     def _fetch(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
         """Rows (sorted) of a URL by byte ranges, all of them asked for at once."""
@@ -154,7 +167,7 @@ class Store:
 
     def windows(self, chunk: int) -> ChunkText | None:
         """The token windows of a chunk and the (window, position) of each of its rows; None in stores without text."""
-        if self.manifest.fingerprint is None:
+        if not self.manifest.has_text:
             return None
         return read_text(self.path, self.manifest.chunks[chunk].index)
 

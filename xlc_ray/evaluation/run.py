@@ -57,7 +57,7 @@ def measure(
     if lacking := [site for site in wiring.sites if site not in held_out_store.manifest.sites]:
         known = ", ".join(held_out_store.manifest.sites)
         raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
-    if settings.windows and held_out_store.manifest.fingerprint is None:
+    if settings.windows and not held_out_store.manifest.has_text:
         raise UserError(f"evaluate.windows: {held_out_store.path} does not know the text of its rows; allowed: 0")
     if settings.ablate_features and not settings.windows:
         raise UserError("evaluate.ablate_features: needs the replacement model; set evaluate.windows to more than 0")
