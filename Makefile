@@ -1,12 +1,13 @@
 # What people and CI type. `make install` is the first step of every other target, and is done once. Tests run in two
-# processes, a file in one of them.
+# processes, a file in one of them, but for those that start Ray: one after another, each cluster takes the whole machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -ra -n $(PROCESSES) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -ra
+SPREAD := -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-slow check format schema clean
 
@@ -32,10 +33,12 @@ demo: install
 	$(BIN)/python jobs/run.py --config configs/quickstart.yaml
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(SPREAD) -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and cluster"
 
 test-slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) $(SPREAD) -m "slow and not cluster"
+	$(PYTEST) -m "slow and cluster"
 
 check: install
 	$(BIN)/ruff format --check .
@@ -49,6 +52,7 @@ format: install
 
 schema: install
 	$(BIN)/python -m xlc_ray.config.schema > configs/schema.json
+	$(BIN)/python -m xlc_ray.config.schema sweep > configs/sweeps/schema.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

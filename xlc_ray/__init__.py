@@ -7,6 +7,7 @@ xlc.generate(config)                 # text → activations
 run = xlc.train(config)              # activations → a dictionary in run["out"]
 xlc.evaluate(run["out"])             # eval.json, report.html
 dictionary = xlc.load(run["out"])      # or what SAELens, circuit-tracer, … wrote
+sweep = xlc.sweep("configs/sweeps/quickstart.yaml")  # many runs; sweep.frame(), sweep.pareto(), sweep.best("fvu")
 """
 
 from __future__ import annotations
@@ -20,16 +21,32 @@ if TYPE_CHECKING:
     from xlc_ray.cluster.convert import convert
     from xlc_ray.cluster.evaluate import evaluate
     from xlc_ray.cluster.generate import generate
+    from xlc_ray.cluster.sweep import sweep
     from xlc_ray.cluster.train import train
     from xlc_ray.export.formats import load
+    from xlc_ray.sweeps.result import Sweep
 
-__all__ = ["Config", "UserError", "compare", "convert", "evaluate", "generate", "load", "load_config", "train"]
+__all__ = [
+    "Config",
+    "Sweep",
+    "UserError",
+    "compare",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "load_config",
+    "sweep",
+    "train",
+]
 
 _ROOMS = {
     "compare": ("xlc_ray.cluster.compare", "compare"),
     "convert": ("xlc_ray.cluster.convert", "convert"),
     "evaluate": ("xlc_ray.cluster.evaluate", "evaluate"),
     "generate": ("xlc_ray.cluster.generate", "generate"),
+    "sweep": ("xlc_ray.cluster.sweep", "sweep"),
+    "Sweep": ("xlc_ray.sweeps.result", "Sweep"),
     "train": ("xlc_ray.cluster.train", "train"),
     "load": ("xlc_ray.export.formats", "load"),
 }

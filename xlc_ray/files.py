@@ -1,23 +1,43 @@
-"""Files at a local path or at any URL that fsspec knows: the same few verbs for both."""
+"""Files at a local path or at any URL that fsspec knows: the same few verbs for both.
+
+What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
+import random
+import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
+from xlc_ray import web
 from xlc_ray.config import UserError
+
+T = TypeVar("T")
 
 _PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, *_PLACES)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
+_OBJECTS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs")
+_LIBRARIES = {
+    "aiohttp": "ClientError",
+    "botocore.exceptions": "BotoCoreError",
+    "httpx": "HTTPError",
+    "gcsfs.retry": "HttpError",
+}
+"""What libraries below fsspec raise that is no OSError."""
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "UnsupportedProtocol")
 
 
 @contextmanager
@@ -56,10 +76,67 @@ def filesystem(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path)
 
 
+def again(path: str, call: Callable[[], T]) -> T:
+    """`call()`; at a URL tried again, with growing delays, while it fails in a way that may pass.
+
+    FileNotFoundError goes on to the caller. Raises UserError, naming `path`, when patience ends or nothing will help.
+    """
+    if not is_url(path):
+        return call()
+    for attempt in range(1, web.ATTEMPTS + 1):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except failures() as error:
+            if not may_pass(error):
+                raise UserError(f"{path}: cannot be used: {said(error)}") from None
+            if attempt == web.ATTEMPTS:
+                raise UserError(f"{path}: no answer after {attempt} attempts: {said(error)}") from None
+            delay = min(web.FIRST_DELAY * 2 ** (attempt - 1), web.LONGEST_DELAY)
+        time.sleep(delay * random.uniform(0.75, 1.25))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """Exceptions by which file systems report that something failed on the way."""
+    loaded = [(sys.modules.get(module), name) for module, name in _LIBRARIES.items()]
+    return (OSError, asyncio.TimeoutError, *(getattr(module, name) for module, name in loaded if module))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether trying again can help: not where the answer was a clear no."""
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return not (refused or isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES)
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, and its type where it says nothing."""
+    return f"{type(error).__name__} {error}".strip()
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or directory."""
+    return size(path) is not None if is_url(path) else os.path.exists(local(path))
+
+
+def size(path: str) -> int | None:
+    """Bytes of a file or object (a directory: any number); None where there is none."""
     fs, inner = filesystem(path)
-    return fs.exists(inner)
+
+    def ask() -> int:
+        fs.invalidate_cache()
+        if fs.protocol == ("http", "https") and not fs.exists(
+            inner, strict=True
+        ):  # to its `info`, all failures are 404
+            raise FileNotFoundError(path)
+        return fs.info(inner)["size"] or 0
+
+    try:
+        return again(path, ask)
+    except FileNotFoundError:
+        return None
 
 
 def listdir(path: str) -> list[str]:
@@ -67,30 +144,57 @@ def listdir(path: str) -> list[str]:
     fs, inner = filesystem(path)
     fs.invalidate_cache()
     try:
-        found = fs.ls(inner, detail=False)
+        found = again(path, lambda: fs.ls(inner, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
 
-def makedirs(path: str) -> None:
-    """Make a directory and those above it."""
+def directories(path: str) -> list[str]:
+    """Names of the directories in a directory, sorted; empty where there is no such directory."""
     fs, inner = filesystem(path)
-    with writing(path):
-        fs.makedirs(inner, exist_ok=True)
+    fs.invalidate_cache()
+    try:
+        found = fs.ls(inner, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(name(entry["name"]) for entry in found if entry["type"] == "directory")
+
+
+def makedirs(path: str) -> None:
+    """Make a directory and those above it. Object stores have none, and would make a bucket: nothing is made there."""
+    fs, inner = filesystem(path)
+    if path.partition("://")[0] not in _OBJECTS:
+        with writing(path):
+            again(path, lambda: fs.makedirs(inner, exist_ok=True))
 
 
 def remove(path: str) -> None:
     """Remove a file or a whole directory, if it is there."""
     fs, inner = filesystem(path)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+    if exists(path):
+        again(path, lambda: fs.rm(inner, recursive=True))
 
 
 def read_bytes(path: str) -> bytes:
     """The whole file."""
     fs, inner = filesystem(path)
-    return fs.cat_file(inner)
+    return again(path, lambda: fs.cat_file(inner))
+
+
+def tail(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file, or all of a smaller one."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    end = fs.size(inner)
+    return fs.cat_file(inner, start=max(0, end - size), end=end)
+
+
+def modified(path: str) -> float:
+    """When a file was last written, in seconds since 1970."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    return fs.modified(inner).timestamp()
 
 
 def read_json(path: str) -> Any:
@@ -115,8 +219,8 @@ def write_bytes(path: str, data: bytes) -> None:
     """Write a file whole: readers see the old content or the new, never a part."""
     if is_url(path):  # object stores publish an object only when it is complete
         fs, inner = filesystem(path)
-        fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-        fs.pipe_file(inner, data)
+        makedirs(path.rsplit("/", 1)[0])
+        _write_there(path, lambda: fs.pipe_file(inner, data))
         return
     target = Path(local(path))
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
@@ -130,6 +234,20 @@ def write_bytes(path: str, data: bytes) -> None:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def send(source: Path, path: str) -> None:
+    """Write a local file to a URL, whole."""
+    fs, inner = filesystem(path)
+    makedirs(path.rsplit("/", 1)[0])
+    _write_there(path, lambda: fs.put_file(str(source), inner))
+
+
+def _write_there(path: str, write: Callable[[], None]) -> None:
+    try:
+        again(path, write)
+    except FileNotFoundError as error:  # no such bucket
+        raise UserError(f"{path}: cannot be written: {said(error)}") from None
 
 
 def write_json(path: str, value: Any) -> None:

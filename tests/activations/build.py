@@ -24,7 +24,7 @@ def numbered(rows: int, first: int, width: int, salt: int) -> torch.Tensor:
 
 def row_ids(values: torch.Tensor) -> list[int]:
     """Which rows of the store these are."""
-    return (values[:, 0] * 256 + values[:, 1]).long().tolist()
+    return (values[:, 0].float() * 256 + values[:, 1].float()).long().tolist()
 
 
 def identity(sites: dict[str, int], dtype: str = "bfloat16", **changes: object) -> dict:

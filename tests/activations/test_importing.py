@@ -39,6 +39,9 @@ def rows_of(data, site):
 
 
 def tensor_column(kind, x):
+    if kind == "fixed_size_binary":
+        raw = x.view(torch.uint8).numpy()
+        return pa.array([row.tobytes() for row in raw], pa.binary(raw.shape[1]))
     flat = pa.array(x.numpy().reshape(-1))
     match kind:
         case "fixed_size_list":
@@ -47,9 +50,6 @@ def tensor_column(kind, x):
             return pa.ListArray.from_arrays(np.arange(0, x.numel() + 1, WIDTH, dtype=np.int32), flat)
         case "fixed_shape_tensor":
             return pa.FixedShapeTensorArray.from_numpy_ndarray(x.numpy())
-        case "fixed_size_binary":
-            raw = x.view(torch.uint8).numpy()
-            return pa.array([row.tobytes() for row in raw], pa.binary(raw.shape[1]))
 
 
 def save(kind, directory, x):

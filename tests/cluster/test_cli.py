@@ -85,6 +85,25 @@ def main(config):
     assert done[1].stderr == "error: text.column: wrong\n"
     assert "kept" in done[2].stderr
     assert "ZeroDivisionError: ours" in done[3].stderr
+    assert "output of the workers" not in done[3].stderr  # no cluster was joined
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_failed_job_says_where_ray_keeps_its_logs():
+    body = """
+import os
+from xlc_ray.cluster.session import connect
+os.environ["RAY_AUTH_MODE"] = "disabled"
+def main(config):
+    connect()
+    raise ZeroDivisionError("ours")
+"""
+    done = run_job(body, "--config", QUICKSTART)
+    assert done.returncode == 1
+    assert "ZeroDivisionError: ours" in done.stderr
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("failed; ")]
+    assert Path(last.split(": ")[1].split("/worker-*")[0]).is_dir()
 
 
 def test_a_job_has_options_beside_settings():

@@ -53,7 +53,7 @@ def assert_same(found, expected):
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
-        assert all(one[site].dtype == torch.float32 and torch.equal(one[site], other[site]) for site in one)
+        assert all(one[site].dtype == torch.bfloat16 and torch.equal(one[site], other[site]) for site in one)
 
 
 def test_pipeline_equals_the_in_process_reader_over_epochs_and_pipelines(cluster, activations, monkeypatch):

@@ -1,4 +1,4 @@
-"""A model-diff crosscoder from text to report: two models harvested on a cluster, the rest in this process."""
+"""A model-diff crosscoder from text to report: two models harvested and measured on a cluster."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluation.test_shares import assert_alike
 from tests.tuned import save_tuned
 from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import load_models
-from xlc_ray.cluster.evaluate import _measure
+from xlc_ray.cluster.evaluate import evaluate
 from xlc_ray.cluster.generate import generate
 from xlc_ray.cluster.session import resolve
 from xlc_ray.config import UserError
@@ -97,10 +98,15 @@ def test_another_base_or_other_replacements_are_refused(stores, config):
             generate(config.override(change))
 
 
-def test_trained_and_measured(stores, config):
-    config = resolve(config)
-    train_alone(config)
-    found = _measure(config.out, config)
+@pytest.fixture(scope="module")
+def trained(stores, config):
+    train_alone(resolve(config))
+    return resolve(config)
+
+
+def test_trained_and_measured(trained):
+    config = trained
+    found = evaluate(config.out)
     assert json.loads(files.read_bytes(config.out + "/eval.json"))["model_diff"] == found["model_diff"]
     assert list(found["sites"]) == list(SITES)
     assert found["model_diff"]["tokens"] == found["tokens"] == 600
@@ -114,3 +120,10 @@ def test_trained_and_measured(stores, config):
     spreads = [np.sqrt((statistics[s].std ** 2).mean() + (statistics[s].mean ** 2).mean()) for s in SITES]
     scale = load_dictionary(config.out)[0].write_scale
     np.testing.assert_allclose(scale[[0, 64]].numpy(), spreads, rtol=1e-3)
+
+
+def test_three_workers_measure_what_one_does(trained):
+    # Batches so small that each task has rows, and one of them no windows.
+    small = {"evaluate.batch_tokens": 100, "evaluate.batch_windows": 2}
+    one, three = (evaluate(trained.out, small | {"evaluate.workers": workers}) for workers in (1, 3))
+    assert_alike(three, one)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT
+from tests.cluster.conftest import RAY, ROOT
 
-RAY = str(Path(sys.executable).with_name("ray"))
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -82,9 +77,11 @@ def test_text_to_report(folder, settings):
     assert code == 0, err
     assert "step 300:" in out
 
-    code, out, err = finish(job("evaluate", "--run", f"{folder}/run", "--evaluate.windows=8"))
+    code, out, err = finish(job("evaluate", "--run", f"{folder}/run", "--evaluate.windows=8", "--evaluate.workers=2",
+                                "--evaluate.ablate_features=2"))  # fmt: skip
     assert code == 0, err
     found = json.loads((folder / "run/eval.json").read_text())
+    assert len(found["ablated_features"]) == 2
     assert found["explained_variance"] > 0.5
     assert found["ce_recovered"] > 0.5
     assert 5 < found["l0"] < 40
@@ -140,47 +137,22 @@ def test_mistakes_are_one_line_and_exit_status_2(name, words, message, tmp_path)
     assert "Traceback" not in err
 
 
-@pytest.fixture
-def head():
-    """`ray start` in a process group of its own. Not ended by `ray stop`, which ends every Ray of the machine, this
-    process's too."""
-    address, sockets = "http://127.0.0.1:8299", tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
-    ports = ["--port=6399", "--dashboard-port=8299", "--ray-client-server-port=10099"]
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={sockets}", *ports],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
-    for _ in range(120):
-        assert process.poll() is None, process.communicate()[0]
-        with suppress(OSError), urllib.request.urlopen(f"{address}/api/version"):
-            break
-        time.sleep(1)
-    yield address
-    process.terminate()  # `--block` ends what it started
-    process.communicate(timeout=60)
-    shutil.rmtree(sockets, ignore_errors=True)
-
-
-def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings, tmp_path):
+def test_ray_job_submit_runs_the_quickstart_from_a_copy(head, settings):
     """`ray job submit --working-dir .`: relative paths would vanish with the copy, so they go below $XLC_ROOT."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(tmp_path / "root")}
+    env = os.environ | {"RAY_AUTH_MODE": "disabled"}
     small = [w for w in settings if not w.startswith(("--out", "--source"))]
 
     def submit(*words):
         job = [sys.executable, "jobs/train.py", "--config", "configs/quickstart.yaml", *small, *words]
-        command = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job]
+        command = [RAY, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *job]
         return subprocess.run(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
         )
 
     done = submit("--train.lr=3e-4")
     assert done.returncode == 0, done.stdout
-    assert (tmp_path / "root/runs/quickstart/checkpoints/step_300/complete.json").exists()
-    assert "lr: 0.0003" in (tmp_path / "root/runs/quickstart/config.yaml").read_text()
+    assert (head.root / "runs/quickstart/checkpoints/step_300/complete.json").exists()
+    assert "lr: 0.0003" in (head.root / "runs/quickstart/config.yaml").read_text()
     bad = submit("--train.steps=x")
     assert bad.returncode != 0
     assert "train.steps: 'x'" in bad.stdout

@@ -36,6 +36,8 @@ FORMS = [
     *(((section, getattr(BASE, section).model_dump(mode="json")),) for section in ("model", "text", "generate")),
     *(((section, getattr(BASE, section).model_dump(mode="json")),) for section in ("source", "evaluate", "cluster")),
     (("dictionary.normalization", {}),),
+    (("source", {"kind": "http", "url": "http://host:1", "dataset_id": "a/b"}),),
+    (("source.cache", {"path": "/tmp/cache"}),),
     (("train.optimizer", {}),),
     (("train.loss.auxk", {}),),
     (("train.loss.auxk", None), ("train.loss.ghost", {})),

@@ -7,10 +7,12 @@ import json
 import jsonschema
 import pytest
 
-from tests.config.tree import FILES, PRESETS, ROOT, walk
+from tests.config.tree import FILES, PRESETS, ROOT, SWEEPS, everything
 from xlc_ray.activations import sites
 from xlc_ray.config import load_config, load_config_text, schema, yaml_text
+from xlc_ray.config.sweep import load_sweep, sweep_of
 from xlc_ray.dictionary.build import make_wiring
+from xlc_ray.sweeps import space
 
 REQUIRED = {"quickstart", "gpt2_clt", "gpt2_sae", "gpt2_transcoders", "gpt2_crosscoder", "gemma2_2b_clt"}
 SHAPES = {
@@ -42,6 +44,18 @@ def test_file_names_the_schema_and_follows_it(file):
     assert text.startswith(b"# yaml-language-server: $schema=schema.json\n")
     tree = yaml_text.parse_mapping(text, str(file))
     jsonschema.validate(tree, json.loads((ROOT / "configs/schema.json").read_text()))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_sweep_follows_its_schema_and_all_its_trials_fit(file):
+    text = file.read_bytes()
+    assert text.startswith(b"# yaml-language-server: $schema=schema.json\n")
+    tree = yaml_text.parse_mapping(text, str(file))
+    jsonschema.validate(tree, json.loads((ROOT / "configs/sweeps/schema.json").read_text()))
+    sweep = load_sweep(file)
+    again = sweep_of(yaml_text.parse_mapping(sweep.yaml().encode(), "again"), "again")
+    assert again == sweep
+    assert len(space.trials(sweep)) == (sweep.search.num_samples or 12)
 
 
 @files
@@ -89,7 +103,8 @@ def test_the_store_of_a_preset_has_its_sites(file):
 
 def test_schema_is_current():
     assert (ROOT / "configs/schema.json").read_text() == schema.text(), "run `make schema`"
+    assert (ROOT / "configs/sweeps/schema.json").read_text() == schema.sweep_text(), "run `make schema`"
 
 
 def test_every_setting_explains_itself():
-    assert [path for path, _, _, field in walk() if not field.description] == []
+    assert [path for path, _, _, field in everything() if not field.description] == []

@@ -11,6 +11,7 @@ import pytest
 import xlc_ray
 from tests.config.tree import FILES, ROOT
 from xlc_ray.config import load_config
+from xlc_ray.config.sweep import load_sweep
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -25,7 +26,10 @@ def test_commands_name_jobs_files_and_settings_that_exist(command):
     job = words.index("python") + 1
     assert (ROOT / words[job]).is_file()
     options = dict(zip(words[job + 1 :], [*words[job + 2 :], ""], strict=True))
-    if "--config" in options:
+    if "sweep" in words[job]:
+        if "--base" not in command:
+            load_sweep(ROOT / options["--config"])
+    elif "--config" in options:
         load_config(ROOT / options["--config"], dict(w.removeprefix("--").split("=", 1) for w in options if "=" in w))
 
 
@@ -36,9 +40,9 @@ def test_every_job_has_a_command():
 
 
 def test_python_uses_names_that_exist():
-    (code,) = [body for kind, body in BLOCKS if kind == "python"]
+    code = "".join(body for kind, body in BLOCKS if kind == "python")
     used = {n.attr for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "xlc"}
-    assert used == {"load_config", "generate", "train", "evaluate", "load"}
+    assert used == {"load_config", "generate", "train", "evaluate", "load", "sweep"}
     assert used <= set(xlc_ray.__all__)
 
 

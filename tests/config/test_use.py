@@ -9,7 +9,8 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
-from tests.config.tree import ROOT, leaves, sections_of, walk
+from tests.config.tree import ROOT, everything, leaves, sections_of, walk
+from xlc_ray.config.sweep import Axis
 
 SOURCES = [*(ROOT / "jobs").glob("*.py"), *(ROOT / "xlc_ray").rglob("*.py")]
 TREES = [ast.parse(file.read_text()) for file in SOURCES if "config" not in file.relative_to(ROOT).parts]
@@ -21,6 +22,7 @@ CLASSES = {node.cls.attr if isinstance(node.cls, ast.Attribute) else node.cls.id
 WORDS = {node.value for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
 
+AXES = set(Axis.model_fields) - {"when"}
 HANDED_ON = {"train.wandb.mode"}
 """Settings whose choices another library tells apart."""
 NEUTRAL = {("replicas", "1")}
@@ -28,8 +30,8 @@ NEUTRAL = {("replicas", "1")}
 
 
 def test_every_setting_is_read():
-    unread = sorted({path for path, _, name, _ in walk() if name != "kind" and name not in READ | MATCHED})
-    assert unread == []
+    known = READ | MATCHED | {"kind", *AXES}  # an axis knows its kind itself
+    assert sorted({path for path, _, name, _ in everything() if name not in known}) == []
 
 
 def test_every_kind_of_a_section_is_told_apart():

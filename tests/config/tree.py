@@ -10,10 +10,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from xlc_ray.config import Config
+from xlc_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 PRESETS = sorted((ROOT / "configs/presets").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
@@ -32,6 +34,11 @@ def walk(section: type[BaseModel] = Config, path: str = "") -> Iterator[tuple[st
             yield from walk(inner, here)
 
 
+def everything() -> list[tuple[str, type[BaseModel], str, FieldInfo]]:
+    """Likewise, of runs and of sweeps."""
+    return [*walk(), *(found for found in walk(SweepConfig) if not found[0].startswith("base."))]
+
+
 def leaves() -> list[tuple[str, type[BaseModel], str, FieldInfo]]:
     """The fields that hold values."""
-    return [found for found in walk() if not sections_of(found[3].annotation)]
+    return [found for found in everything() if not sections_of(found[3].annotation)]

@@ -110,6 +110,16 @@ def test_load_dictionary_is_the_trained_one_in_inference_form(tmp_path, gate, pr
         assert torch.equal(value, want[site])
 
 
+def test_an_older_checkpoint_is_loaded_by_its_step(tmp_path):
+    made = trained("jumprelu", 3, str(tmp_path), **{"train.keep": 2})
+    files.write_bytes(str(tmp_path / "config.yaml"), made.config.yaml().encode())
+    older = checkpoint.load_dictionary(str(tmp_path), 2)[0].b_dec
+    assert torch.equal(older, trained("jumprelu", 2).dictionary.b_dec.float())
+    assert not torch.equal(older, checkpoint.load_dictionary(str(tmp_path))[0].b_dec)
+    with pytest.raises(UserError, match="no complete checkpoint of step 1; there are: 2, 3"):
+        checkpoint.load_dictionary(str(tmp_path), 1)
+
+
 def test_a_run_without_checkpoints_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: no complete checkpoint"):
         checkpoint.load_dictionary(str(tmp_path))

@@ -85,7 +85,7 @@ def test_training_counts_it_once_a_step_and_makes_connections_sparser(tmp_path, 
         config = cases.config({"kind": "topk", "k": 2}, loss, **{"train.accumulate": accumulate})
         learner = Learner(build(config.dictionary, WIRES, 3, Shards()), config)
         for batch in cases.batches(WIRES):
-            before = connection.overlap(learner.dictionary, learner.others).item()
+            before = connection.overlap(learner.dictionary, learner.objective.others).item()
             last = learner.train_step(batch, measure=True)
             assert last["connection"] == pytest.approx(before, rel=1e-12)
             assert last["loss"] == pytest.approx(last["reconstruction"] + coefficient * before, rel=1e-12)

@@ -9,7 +9,7 @@ from tests.dictionary import make
 from tests.dictionary.test_gates import masks
 from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import Shards, wiring
-from xlc_ray.dictionary.build import make_gate
+from xlc_ray.dictionary.build import build, make_gate
 from xlc_ray.dictionary.fold import fold
 from xlc_ray.dictionary.noise import key_of, uniform
 
@@ -108,6 +108,15 @@ def test_at_inference_there_is_neither_noise_nor_temperature():
     assert z[4] == 1
     for row in f:  # magnitudes have a sign
         assert row.tolist() == pytest.approx([-2 * v for v in z])
+
+
+@pytest.mark.parametrize(("kind", "start", "open_"), [("by_input", -3, False), ("both", -3, False), ("free", 0, True)])
+def test_gates_that_read_the_input_start_closed_and_free_ones_open(kind, start, open_):
+    wires = wiring.sae(["a"], 4)
+    made = build(make.section(KINDS[kind]), wires, 0, Shards()).double().eval()
+    alpha = made.gate.logit(made.groups[0].b_enc, 0, None)
+    assert alpha.tolist() == [start] * 7
+    assert (made.gate.openness(made.groups[0].b_enc, 0, None) > 0).all() == open_
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -28,7 +28,7 @@ def test_effect_of_a_feature_is_that_of_taking_its_decoder_row(model, windows, n
         d.groups[0].b_enc[7] = -1e6  # never active
     features = [(0, 3), (0, 7), (d.wiring.groups - 1, 5)]
     found = ablate_features(d, model, batches(windows, 6), features)
-    plain = evaluate_replacement(d, model, batches(windows, 6))
+    plain = evaluate_replacement(d, model, batches(windows, 6)).compute()
     assert found.tokens == plain["tokens"]
     by_feature = {(one["group"], one["feature"]): one for one in found.compute()}
     assert by_feature[0, 7] == {"group": 0, "feature": 7, "delta_ce": 0.0, "kl": 0.0}
@@ -36,7 +36,7 @@ def test_effect_of_a_feature_is_that_of_taking_its_decoder_row(model, windows, n
         without = copy.deepcopy(d)
         with torch.no_grad():
             without.groups[g].W_dec[i] = 0
-        ce = evaluate_replacement(without, model, batches(windows, 6))["all"]["ce_replaced"]
+        ce = evaluate_replacement(without, model, batches(windows, 6)).compute()["all"]["ce_replaced"]
         assert by_feature[g, i]["delta_ce"] == pytest.approx(ce - plain["all"]["ce_replaced"], abs=1e-5)
         assert by_feature[g, i]["kl"] > 0
     listed = [one["delta_ce"] for one in found.compute()]

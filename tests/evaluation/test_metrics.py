@@ -170,9 +170,9 @@ def test_reconstruction_agrees_with_reconstruct():
 
 def test_no_rows_and_no_finite_reconstruction_are_errors_of_one_line():
     with pytest.raises(UserError, match=r"hold no rows; set generate\.held_out_tokens"):
-        evaluate_reconstruction(dictionary({"kind": "relu"}), [])
+        evaluate_reconstruction(dictionary({"kind": "relu"}), []).compute()
     broken = dictionary({"kind": "relu"})
     with torch.no_grad():
         broken.b_dec[5] = math.nan
     with pytest.raises(UserError, match=r"resid_post\.1: the reconstruction is not finite"):
-        evaluate_reconstruction(broken, batches())
+        evaluate_reconstruction(broken, batches()).compute()

@@ -189,7 +189,7 @@ def test_each_model_is_spliced_and_scored_on_its_own_tokens(pair, replaced_windo
     sites = ("resid_post.2", "resid_post.2@base")
     dictionary = make.dictionary(wiring.model_diff("resid_post.2", 64, 64), features=48).float().eval()
     found = evaluate_pair(dictionary, pair, [prepare(*(part[:4] for part in replaced_windows)),
-                                             prepare(*(part[4:] for part in replaced_windows))])  # fmt: skip
+                                             prepare(*(part[4:] for part in replaced_windows))]).compute()  # fmt: skip
     tokens, length, keep = replaced_windows
     read = {sites[0]: tokens, sites[1]: tokens.where(tokens != 10, 11)}
     rows = {site: pair.of(site).harvest(read[site], length, ["resid_post.2"])["resid_post.2"][keep] for site in sites}
@@ -224,7 +224,7 @@ def test_a_perfect_dictionary_changes_neither_model(pair, windows):
             p.zero_()
         dictionary.groups[0].W_enc.copy_(both)
         dictionary.groups[0].W_dec.copy_(both)
-    found = evaluate_pair(dictionary, pair, [prepare(*windows)])
+    found = evaluate_pair(dictionary, pair, [prepare(*windows)]).compute()
     for one in (found["all"], *found["sites"].values()):
         assert one["kl"] == pytest.approx(0, abs=1e-5)
         assert one["ce_recovered"] == pytest.approx(1, abs=1e-4)
@@ -234,8 +234,8 @@ def test_a_perfect_dictionary_changes_neither_model(pair, windows):
 def test_a_dictionary_of_the_base_alone_scores_as_it_does_on_the_base(pair, model, windows):
     based, plain = (make.dictionary(wiring.sae([site], 64), features=32).float().eval()
                     for site in ("resid_post.1@base", "resid_post.1"))  # fmt: skip
-    found = evaluate_pair(based, ModelPair(pair.model, model, {}), [prepare(*windows)])
-    expected = evaluate_replacement(plain, model, [prepare(*windows)])
+    found = evaluate_pair(based, ModelPair(pair.model, model, {}), [prepare(*windows)]).compute()
+    expected = evaluate_replacement(plain, model, [prepare(*windows)]).compute()
     assert list(found["models"]) == ["base_model"]
     for key, value in expected["all"].items():
         assert found["all"][key] == pytest.approx(value, rel=1e-4, abs=1e-6)

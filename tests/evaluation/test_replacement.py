@@ -108,7 +108,7 @@ def scores(logits, original, windows):
 
 def evaluate(dictionary, model, windows, per_batch=6):
     parts = zip(*(part.split(per_batch) for part in windows), strict=True)
-    return evaluate_replacement(dictionary, model, [prepare(*part) for part in parts])
+    return evaluate_replacement(dictionary, model, [prepare(*part) for part in parts]).compute()
 
 
 def put(value, keep, rows):

@@ -131,8 +131,8 @@ def test_auxk_is_in_the_units_of_the_reconstruction():
 
 
 def test_auxk_reads_half_a_site_by_default():
-    assert learner(loss={"auxk": {}}).auxk == 3
-    assert learner().auxk == 0
+    assert learner(loss={"auxk": {}}).objective.auxk == 3
+    assert learner().objective.auxk == 0
 
 
 def test_measured_reconstruction_and_l0_are_those_of_the_definition():

@@ -8,37 +8,13 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
+from tests.runs import Interrupted, final_state, interrupt_at
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.training import Diverged, logs, train_alone
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(step):
-    def announce(metrics):
-        if metrics["step"] >= step:
-            raise Interrupted
-
-    return announce
-
-
-def final_state(config):
-    """All tensors of the newest checkpoint, also the optimizer's, by name."""
-    from xlc_ray.activations import store
-    from xlc_ray.dictionary import Shards
-    from xlc_ray.dictionary.build import build
-    from xlc_ray.training import Learner
-    from xlc_ray.training.loop import wiring_for
-
-    wiring = wiring_for(config, store.open_store(config.source.path))
-    learner = Learner(build(config.dictionary, wiring, 99, Shards()), config)
-    learner.resume(config.out, checkpoint.steps(config.out)[-1])
-    return learner.state()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +163,7 @@ def wandb_records(content: bytes):
 def test_wandb_offline_gets_every_line(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_alone(small_run({"train.wandb": {"project": "tests", "mode": "offline"}}))
+    wandb.teardown()  # waits for the process that writes the file, finish() does not
     (written,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     settings, lines = {}, []
     for data in wandb_records(written.read_bytes()):

@@ -1,14 +1,20 @@
-"""A small store of real text for tests: what generation makes of it, without a cluster."""
+"""Small stores of real text for tests: what generation makes of it, without a cluster."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from xlc_ray import files
 from xlc_ray.activations import store
-from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
-from xlc_ray.activations.text import chunk_plan, is_held_out, load_documents, pack, special_ids, token_mask
+from xlc_ray.activations.documents import read_documents
+from xlc_ray.activations.harvest import harvest_chunk
+from xlc_ray.activations.pair import ModelPair, load_models
+from xlc_ray.activations.text import chunk_plan, is_held_out, load_tokenizer, pack, special_ids, token_mask
+from xlc_ray.activations.windows import Windows
 from xlc_ray.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +30,7 @@ SITES = (
     "resid_post.3",
 )
 CONTEXT = 24
+DOCUMENTS = 24  # packed together
 
 
 def settings(folder: Path | str, changes: dict | None = None) -> Config:
@@ -58,21 +65,32 @@ def settings(folder: Path | str, changes: dict | None = None) -> Config:
 
 def make_store(folder: Path | str) -> None:
     """Both splits of `settings(folder)`, as the jobs make them."""
-    config = settings(folder)
-    model = LanguageModel(config.model)
-    documents = [row["text"] for row in islice(load_documents(config.text), 24)]
-    make, special = config.generate, special_ids(model.tokenizer)
+    harvest(settings(folder), SITES)
+
+
+def harvest(config: Config, sites: Sequence[str]) -> None:
+    """Both splits of the store that a run reads, in this process."""
+    models, make = load_models(config, sites, "cpu"), config.generate
+    tokenizer = load_tokenizer(config.model)
+    special = special_ids(tokenizer)
+    widths = {s: (models.of(s) if isinstance(models, ModelPair) else models).width for s in sites}
+
+    def split(held_out: bool) -> Iterator[tuple[Windows, np.ndarray]]:
+        documents = read_documents(config.text)
+        while batch := list(islice(documents, DOCUMENTS)):
+            chosen = [d for d in batch if is_held_out(d, config.text.held_out_fraction) == held_out]
+            windows = pack(chosen, tokenizer, config.text)
+            yield windows, token_mask(windows, special, config.text)
+
     for held_out, path in ((False, config.source.path), (True, files.join(config.source.path, "held_out"))):
-        identity = store.identity(config, dict.fromkeys(SITES, model.width), held_out)
+        identity = store.identity(config, widths, held_out)
         store.begin(path, identity)
-        chosen = [d for d in documents if is_held_out(d, config.text.held_out_fraction) == held_out]
-        windows = pack(chosen, model.tokenizer, config.text)
         tokens = make.held_out_tokens if held_out else make.tokens
-        plan = chunk_plan([(windows, token_mask(windows, special, config.text))], tokens, make.chunk_tokens, 0)
         rows = []
-        for chunk in plan:
+        for chunk in chunk_plan(split(held_out), tokens, make.chunk_tokens, config.seed):
             store.write_text(path, chunk)
-            store.write_chunk(path, chunk.index, harvest_chunk(model, chunk, SITES, 64, make.dtype), make.dtype)
+            values = harvest_chunk(models, chunk, sites, make.batch_windows, make.dtype)
+            store.write_chunk(path, chunk.index, values, make.dtype)
             rows.append(chunk.rows)
         store.write_plan(path, rows)
         store.finish(path, identity)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import h5py
 import numpy as np
@@ -21,13 +23,17 @@ import xxhash
 
 from xlc_ray import files
 from xlc_ray.activations.compact import Packed
-from xlc_ray.activations.manifest import ChunkRecord
+from xlc_ray.activations.manifest import ChunkRecord, Span
 from xlc_ray.activations.sites import of_base, parse
 from xlc_ray.config import UserError
+from xlc_ray.web import ServedFileSystem
+
+T = TypeVar("T")
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 _STORED["int8"] = _STORED["float32"]
 PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between reads that fail
 _CHECKED: dict[str, tuple[int, int, int]] = {}
 _OPEN_FILES = 64  # bounds descriptors and maps: a store may have thousands of chunks
 
@@ -58,10 +64,15 @@ def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
 
 
 def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """Such an array as a float32 tensor."""
+    """A stored array as a float32 tensor."""
+    return as_tensor(array, dtype).float()
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A stored array as a tensor of the type that it holds, of the same memory if that may be written to."""
     assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
-    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).float()
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def dataset_name(site: str) -> str:
@@ -97,9 +108,7 @@ def write(directory: str, index: int, arrays: Mapping[str, np.ndarray | Packed])
             sides=sides,
         )
         if files.is_url(directory):
-            fs, inner = files.filesystem(target)
-            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-            fs.put_file(str(partial), inner)
+            files.send(partial, target)
         else:
             partial.replace(files.local(target))
     return record
@@ -128,22 +137,19 @@ def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray | Packed]) -> tuple[
 
 
 def checksum(path: str) -> str:
-    """XXH3 of a file or URL, in hexadecimal."""
-    digest = xxhash.xxh3_64()
+    """XXH3 of a file or URL, in hexadecimal. Our own server is asked for it; all else is read whole."""
     fs, inner = files.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    if isinstance(fs, ServedFileSystem):
+        return fs.xxh3(inner)
 
+    def read() -> str:
+        digest = xxhash.xxh3_64()
+        with fs.open(inner, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
 
-def size(path: str) -> int | None:
-    """Bytes of a file or object; None where there is none."""
-    fs, inner = files.filesystem(path)
-    try:
-        return fs.info(inner)["size"]
-    except FileNotFoundError:
-        return None
+    return files.again(path, read)
 
 
 def scatter(
@@ -154,11 +160,44 @@ def scatter(
     rows: np.ndarray,
     to: np.ndarray,
     out: Mapping[str, np.ndarray],
+    patience: float = 0.0,
 ) -> None:
     """Copy rows (ascending) of a local chunk file to rows `to` of each site's array in `out`.
 
-    Raises UserError naming the file, and the dataset, where it is missing, cut, or not as the manifest says.
+    A file system that fails is asked again, with growing pauses, for `patience` seconds. Raises UserError naming the
+    file, and the dataset, where it is then missing or unreadable, or is cut, or not as the manifest says.
     """
+    _patiently(path, patience, lambda: _scatter(path, record, widths, dtype, rows, to, out))
+
+
+def span(path: str, span: Span, patience: float = 0.0) -> np.ndarray:
+    """Bytes of a local chunk file, mapped. As patient as `scatter`, and raises as it does."""
+    return _patiently(path, patience, lambda: _mapped(path, _identity(path, span.record.bytes))[span.start : span.stop])
+
+
+def _patiently(path: str, patience: float, read: Callable[[], T]) -> T:
+    until, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if time.monotonic() + pause > until:
+                missing = isinstance(error, FileNotFoundError)
+                what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
+                raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _scatter(
+    path: str,
+    record: ChunkRecord,
+    widths: Mapping[str, int],
+    dtype: str,
+    rows: np.ndarray,
+    to: np.ndarray,
+    out: Mapping[str, np.ndarray],
+) -> None:
     identity = _identity(path, record.bytes)
     if _CHECKED.get(path) != identity:
         _check_file(path, record, widths, dtype)
@@ -174,11 +213,6 @@ def scatter(
         values[to] = raw.view(stored).reshape(record.rows, width)[rows]
 
 
-def span(path: str, record: ChunkRecord, start: int, stop: int) -> np.ndarray:
-    """Bytes start … stop-1 of a local chunk file, mapped. Raises UserError naming a file that is missing or cut."""
-    return _mapped(path, _identity(path, record.bytes))[start:stop]
-
-
 def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype: str) -> None:
     """Once a file and process: maps go by offsets, so that another file of the same size would give any numbers."""
     with open_hdf5(path) as file:
@@ -192,10 +226,7 @@ def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype
 
 def _identity(path: str, expected: int) -> tuple[int, int, int]:
     # Part of the caches' keys: a file that was replaced is never served from an old map.
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the chunk is missing") from None
+    status = os.stat(path)
     if status.st_size != expected:
         raise UserError(f"{path}: cut or altered: {status.st_size} bytes where the manifest says {expected}")
     return status.st_ino, status.st_mtime_ns, status.st_size
@@ -212,10 +243,12 @@ def _hdf5(path: str, identity: tuple[int, int, int]) -> h5py.File:
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """A local HDF5 file, for reading. Raises UserError where it is none."""
+    """A local HDF5 file, for reading. Raises UserError where it is none, OSError where the file system fails."""
     try:
         return h5py.File(path, "r")
     except OSError as error:
+        if error.errno:
+            raise
         raise UserError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
 
 

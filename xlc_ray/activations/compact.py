@@ -1,8 +1,8 @@
 """Eight bits a number: x̂ = centre_c + scale_c q with q in -127 … 127, for each channel c of a chunk.
 
-A channel's scale reaches to all but a thousandth of its rows. What lies beyond is an outlier and kept as it is, in
-float32, so that a few of them do not coarsen the rest; they add about a hundredth to the bytes. What is lost of the
-variance, Σ‖x − x̂‖² / Σ‖x̂ − mean‖², is measured as a chunk is written.
+Centre and scale span the shortest interval that holds all but a thousandth of the channel's rows. What lies outside is
+an outlier and kept as it is, in float32, so that a few of them do not coarsen the rest; they add about a hundredth to
+the bytes. What is lost of the variance, Σ‖x − x̂‖² / Σ‖x̂ − mean‖², is measured as a chunk is written.
 
 Beside its int8 rows a site has in the chunk file
 
@@ -13,22 +13,20 @@ where starts[b] is the first outlier of rows 64 b and after, so that a slice of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from xlc_ray.activations.manifest import ChunkRecord, Manifest
+from xlc_ray.activations.manifest import ChunkRecord, Manifest, Span
 
 LARGEST = 127
 _RARE = 1000  # one row in so many may be an outlier of a channel
 _ROWS = 64
 _ENTRY = np.dtype([("row", "<i4"), ("channel", "<i4"), ("value", "<f4")])
 
-Span = tuple[ChunkRecord, int, int]
-"""Bytes start … stop-1 of a chunk file."""
-Read = Callable[[Sequence[Span]], Sequence[np.ndarray | bytes]]
+Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
 """The bytes of each span."""
 
 
@@ -46,19 +44,26 @@ def pack(values: np.ndarray) -> Packed:
     """Pack finite float32 rows [rows, d]."""
     x = torch.from_numpy(values)
     rows = len(x)
-    centre = x.double().mean(dim=0).float()
-    reach = (x - centre).abs().topk(min(-(-rows // _RARE) + 1, rows), dim=0).values[-1]
-    scale = reach / LARGEST
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a channel that does not vary
-    q = ((x - centre) / scale).round()
-    beyond = q.abs() > LARGEST
-    entries = np.zeros(int(beyond.sum()), _ENTRY)
-    entries["row"], entries["channel"] = (index.numpy() for index in beyond.nonzero(as_tuple=True))
-    entries["value"] = x[beyond].numpy()
+    centre, scale = _interval(x)
+    q = (x - centre).div_(scale).round_()
+    at = ((q > LARGEST) | (q < -LARGEST)).nonzero(as_tuple=True)
+    entries = np.zeros(len(at[0]), _ENTRY)
+    entries["row"], entries["channel"] = (index.numpy() for index in at)
+    entries["value"] = x[at].numpy()
     starts = np.searchsorted(entries["row"], np.arange(0, rows + _ROWS, _ROWS)).astype("<i4")
     head = [centre.numpy().astype("<f4"), scale.numpy().astype("<f4"), starts, entries]
     side = np.concatenate([part.view(np.uint8).reshape(-1) for part in head])
-    return Packed(q.clamp(-LARGEST, LARGEST).to(torch.int8).numpy(), side)
+    return Packed(q.clamp_(-LARGEST, LARGEST).to(torch.int8).numpy(), side)
+
+
+def _interval(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and scale of each channel of [rows, d]. One that does not vary has a scale below any difference."""
+    out = min(-(-len(x) // _RARE), len(x) - 1)
+    least = x.topk(out + 1, dim=0, largest=False).values
+    most = x.topk(out + 1, dim=0).values.flip(0)
+    best = (most - least).argmin(dim=0, keepdim=True)
+    low, high = (ends.gather(0, best).squeeze(0) for ends in (least, most))
+    return (low + high) / 2, ((high - low) / (2 * LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def unpack(packed: Packed) -> np.ndarray:
@@ -115,7 +120,7 @@ def _head_bytes(rows: int, d: int) -> int:
 
 def _head_span(manifest: Manifest, site: str, part: np.ndarray, record: ChunkRecord) -> Span:
     start = record.sides[site]
-    return record, start, start + _head_bytes(record.rows, manifest.sites[site])
+    return Span(record, start, start + _head_bytes(record.rows, manifest.sites[site]))
 
 
 def _outlier_spans(
@@ -127,4 +132,4 @@ def _outlier_spans(
     for run in np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1):
         start, stop = int(head.starts[run[0]]), int(head.starts[run[-1] + 1])
         if stop > start:
-            yield record, base + start * _ENTRY.itemsize, base + stop * _ENTRY.itemsize
+            yield Span(record, base + start * _ENTRY.itemsize, base + stop * _ENTRY.itemsize)

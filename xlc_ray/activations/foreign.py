@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ def read_manifest(path: str) -> Manifest:
     """The manifest that such a store would have. Raises UserError naming the file that is missing or inconsistent."""
     if files.is_url(path):
         raise UserError(f"{path}: a store without manifest.json is read from a local directory only; copy it first")
-    metadata = files.read_mapping(files.join(path, "metadata.json"))
-    for key in ("num_layers", "d_model", "total_tokens"):
-        if not isinstance(metadata.get(key), int):
-            raise UserError(f"{path}/metadata.json: {key} is missing or no whole number")
-    chunks = [_record(path, index, rows) for index, rows in _chunk_rows(path, metadata["total_tokens"])]
+    metadata = check_metadata(files.read_mapping(files.join(path, "metadata.json")), f"{path}/metadata.json")
+    name = files.join(path, "index.bin")
+    try:
+        raw = files.read_bytes(name)
+    except FileNotFoundError:
+        raise UserError(f"{name}: missing") from None
+    chunks = [_record(path, index, rows) for index, rows in parse_index(raw, metadata["total_tokens"], name)]
     sites, dtype = _layout(files.join(files.local(path), chunks[0].file))
     layers = len({site.split(".")[1] for site in sites})
     for key, found in (("num_layers", layers), ("d_model", next(iter(sites.values())))):
@@ -50,7 +53,11 @@ def read_manifest(path: str) -> Manifest:
 def read_statistics(path: str, manifest: Manifest) -> dict[str, SiteStatistics]:
     """Statistics of every site from norm_stats.json. Raises UserError where one is missing or of another width."""
     name = files.join(path, "norm_stats.json")
-    stats = files.read_mapping(name)
+    return parse_statistics(files.read_mapping(name), manifest, name)
+
+
+def parse_statistics(stats: Mapping[str, Any], manifest: Manifest, name: str) -> dict[str, SiteStatistics]:
+    """The same from the content of norm_stats.json; `name` is what errors call it."""
     found = {}
     for site, width in manifest.sites.items():
         kind, layer = site.split(".")
@@ -75,12 +82,16 @@ def _vector(values: Any, width: int, where: str) -> np.ndarray:
     return vector
 
 
-def _chunk_rows(path: str, total: int) -> list[tuple[int, int]]:
-    name = files.join(path, "index.bin")
-    try:
-        raw = files.read_bytes(name)
-    except FileNotFoundError:
-        raise UserError(f"{name}: missing") from None
+def check_metadata(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+    """The content of metadata.json. Raises UserError where it lacks a number that is needed."""
+    for key in ("num_layers", "d_model", "total_tokens"):
+        if not isinstance(metadata.get(key), int):
+            raise UserError(f"{name}: {key} is missing or no whole number")
+    return metadata
+
+
+def parse_index(raw: bytes, total: int, name: str) -> list[tuple[int, int]]:
+    """(chunk, rows) of each chunk in an index.bin, by number. Raises UserError where it is not of `total` rows."""
     if raw and len(raw) % INDEX_RECORD.itemsize == 0:
         records = np.frombuffer(raw, INDEX_RECORD)
         if records["num_tokens"].sum(dtype=np.int64) == total and (records["num_tokens"] > 0).all():

@@ -33,6 +33,15 @@ class ChunkRecord(BaseModel):
     """Of int8: where begins what unpacks it (compact.py)."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """Bytes start … stop-1 of a chunk file."""
+
+    record: ChunkRecord
+    start: int
+    stop: int
+
+
 class Manifest(BaseModel):
     """A complete store."""
 

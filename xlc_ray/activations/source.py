@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from xlc_ray.activations.chunkfile import decode
+from xlc_ray import files
+from xlc_ray.activations.chunkfile import as_tensor
 from xlc_ray.activations.order import Order, Window
 from xlc_ray.activations.store import Store
 
@@ -39,7 +41,7 @@ def read_window(store: Store, window: Window, keep: np.ndarray, sites: Sequence[
 
 
 def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Cut consecutive blocks of stored rows into float32 batches of `rows` rows. Their total is a multiple of it."""
+    """Cut consecutive blocks of stored rows into batches of `rows` rows. Their total is a multiple of it."""
     parts: list[dict[str, np.ndarray]] = []
     have = 0
     for block in blocks:
@@ -61,7 +63,7 @@ def _join(parts: list[dict[str, np.ndarray]], dtype: str) -> dict[str, torch.Ten
         # A copy in either case: a batch must not keep a whole window alive.
         return np.concatenate([part[site] for part in parts])
 
-    return {site: decode(whole(site), dtype) for site in parts[0]}
+    return {site: as_tensor(whole(site), dtype) for site in parts[0]}
 
 
 def batches(
@@ -74,7 +76,8 @@ def batches(
     replica: int = 0,
     replicas: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}."""
+    """A replica's share of batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]} in the store's
+    dtype: a dictionary widens what it reads as it lays sites side by side."""
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         for w in windows_of(order, batch_rows, start_batch, stop_batch):
@@ -83,9 +86,19 @@ def batches(
             if len(keep):
                 yield read_window(store, window, keep, sites)
 
-    return rebatch(blocks(), batch_rows // replicas, store.dtype)
+    found = ahead(blocks()) if files.is_url(store.path) else blocks()  # a disk is read ahead by the system
+    return rebatch(found, batch_rows // replicas, store.dtype)
+
+
+def ahead(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The same blocks, each read in another thread while the one before it is used: two are held."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = thread.submit(next, blocks, None)
+            yield block
 
 
 def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:
-    """The first `rows` rows of the stream, at most one epoch: {site: float32 [min(rows, stored), width]}."""
+    """The first `rows` rows of the stream, at most one epoch: {site: [min(rows, stored), width]}."""
     return next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))

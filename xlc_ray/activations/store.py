@@ -1,12 +1,13 @@
 """The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
 
-Local files are memory-mapped, URLs are read by byte ranges from the manifest's offsets, compressed files by h5py
-slices. Arrays keep the stored type (bfloat16 as uint16 bits) until `decode`; int8 is float32 as soon as it is read.
+Local files are memory-mapped, compressed ones read by h5py slices, URLs by byte ranges from the manifest's offsets
+(ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
+as uint16 bits) until `decode`; int8 is float32 as soon as it is read (compact.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import h5py
@@ -14,10 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, foreign
+from xlc_ray.activations import chunkfile, compact, foreign, http, ranges
+from xlc_ray.activations.cache import DiskCache
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
-from xlc_ray.activations.compact import Span, unpack_rows
-from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
+from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
@@ -32,6 +33,8 @@ from xlc_ray.activations.writing import (
     write_text,
 )
 from xlc_ray.config import UserError
+from xlc_ray.config.sources import HttpSource, Source, StoreSource
+from xlc_ray.web import SCHEMES
 
 __all__ = [
     "ChunkRecord",
@@ -44,7 +47,9 @@ __all__ = [
     "fingerprint",
     "finish",
     "identity",
+    "is_there",
     "missing_chunks",
+    "open_source",
     "open_store",
     "read_plan",
     "read_text",
@@ -55,12 +60,11 @@ __all__ = [
     "write_text",
 ]
 
-_GAP = 64  # over a network, rows this close are fetched in one range
 
-
-def open_store(path: str) -> Store:
+def open_store(path: str, cache: DiskCache | None = None) -> Store:
     """Open a complete store, ours or crosslayer-coding's. Raises UserError where there is none or it disagrees."""
     name = files.join(path, "manifest.json")
+    served = path.startswith(SCHEMES)
     if files.exists(name):
         raw = files.read_mapping(name)
         if raw.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
@@ -72,15 +76,35 @@ def open_store(path: str) -> Store:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    elif files.exists(files.join(path, "index.bin")):
+    elif served and (found := http.read_manifest(path)):
+        manifest = found
+    elif not served and files.exists(files.join(path, "index.bin")):
         manifest = foreign.read_manifest(path)
     elif files.exists(files.join(path, "identity.json")):
         raise UserError(f"{path}: these activations are not complete; generate again to make the rest")
     else:
         raise UserError(f"{path}: no activations here (neither manifest.json nor index.bin)")
-    store = Store(path, manifest)
+    store = Store(path, manifest, cache)
     store.statistics()  # a store without them must not get as far as training
     return store
+
+
+def is_there(path: str) -> bool:
+    """Whether a path holds a complete store, ours or crosslayer-coding's."""
+    if path.startswith(SCHEMES):
+        return files.exists(files.join(path, "manifest.json")) or http.read_manifest(path) is not None
+    return any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin"))
+
+
+def open_source(source: Source, *inside: str) -> Store:
+    """Open the store that settings name, or one inside it ("held_out"). Raises UserError as `open_store`."""
+    cache = None
+    match source:
+        case StoreSource(cache=settings) if settings is not None:
+            cache = DiskCache(settings.path, settings.max_bytes)
+        case StoreSource() | HttpSource():
+            pass
+    return open_store(files.join(source.path, *inside), cache)
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,10 @@ class Store:
 
     path: str
     manifest: Manifest
+    cache: DiskCache | None = None
+    """Where blocks of a URL's chunks are kept on a local disk."""
+    patience: float = 0.0
+    """Seconds for which a local file system that fails is asked again."""
 
     @property
     def chunk_rows(self) -> list[int]:
@@ -116,54 +144,32 @@ class Store:
         out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
         order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
+        self._fill(chunk[order], row[order], order, out)
+        return compact.unpack_rows(self._bytes, self.manifest, chunk, row, out) if self.dtype == "int8" else out
+
+    def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        """Copy rows, in the order of chunks and within them, to rows `to` of each site's array in `out`."""
+        if self.path.startswith(SCHEMES) and self.dtype != "int8":  # which slices of crosslayer-coding do not know
+            http.fill(self.path, self.manifest, chunk, row, to, out)
+            return
         if files.is_url(self.path):
-            self._fetch(chunk[order], row[order], order, out)
-        else:
-            for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1):
-                if len(part):
-                    record = self.manifest.chunks[chunk[part[0]]]
-                    path = files.join(files.local(self.path), record.file)
-                    chunkfile.scatter(path, record, self.manifest.sites, self.dtype, row[part], part, out)
-        if self.dtype == "int8":
-            return unpack_rows(self._spans, self.manifest, chunk, row, out)
-        return out
-
-    def _spans(self, spans: Sequence[Span]) -> Sequence[np.ndarray | bytes]:
-        """The bytes of spans of chunk files."""
-        if not files.is_url(self.path):
-            base = files.local(self.path)
-            return [chunkfile.span(files.join(base, record.file), record, *ends) for record, *ends in spans]
-        fs, base = files.filesystem(self.path)
-        names = [files.join(base, record.file) for record, _, _ in spans]
-        return fs.cat_ranges(names, [s for _, s, _ in spans], [s for _, _, s in spans], on_error="raise")
-
-    def _fetch(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
-        """Rows (sorted) of a URL by byte ranges, all of them asked for at once."""
-        fs, base = files.filesystem(self.path)
-        cuts = np.flatnonzero((np.diff(chunk) != 0) | (np.diff(row) > _GAP)) + 1
-        runs = [part for part in np.split(np.arange(len(row)), cuts) if len(part)]
-        names, starts, ends = [], [], []
-        for site, values in out.items():
-            size = values.shape[1] * values.itemsize
-            for part in runs:
+            ranges.fill(self.path, self.manifest, chunk, row, to, out, self.cache)
+            return
+        for part in np.split(np.arange(len(row)), np.flatnonzero(np.diff(chunk)) + 1):
+            if len(part):
                 record = self.manifest.chunks[chunk[part[0]]]
-                offset = record.offsets[site]
-                assert offset is not None, "a store at a URL has offsets"
-                names.append(files.join(base, record.file))
-                starts.append(int(offset + row[part[0]] * size))
-                ends.append(int(offset + (row[part[-1]] + 1) * size))
-        try:
-            blobs = iter(fs.cat_ranges(names, starts, ends, on_error="raise"))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path}: a chunk is missing: {error}") from None
-        spans = zip(names, starts, ends, strict=True)
-        for values in out.values():
-            for part in runs:
-                blob, (name, start, end) = next(blobs), next(spans)
-                if len(blob) != end - start:
-                    raise UserError(f"{name}: cut: {len(blob)} of the {end - start} bytes at {start}")
-                rows = np.frombuffer(blob, values.dtype).reshape(-1, values.shape[1])
-                values[to[part]] = rows[row[part] - row[part[0]]]
+                path = files.join(files.local(self.path), record.file)
+                chunkfile.scatter(
+                    path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience
+                )
+
+    def _bytes(self, spans: Sequence[Span]) -> Iterator[np.ndarray | bytes]:
+        """The bytes of each span of chunk files."""
+        if files.is_url(self.path):
+            yield from ranges.read(self.path, spans, self.cache)
+            return
+        for span in spans:
+            yield chunkfile.span(files.join(files.local(self.path), span.record.file), span, self.patience)
 
     def windows(self, chunk: int) -> ChunkText | None:
         """The token windows of a chunk and the (window, position) of each of its rows; None in stores without text."""
@@ -174,7 +180,8 @@ class Store:
     def statistics(self) -> dict[str, SiteStatistics]:
         """Mean, unbiased deviation and mean norm of every site. Raises UserError where they are missing."""
         if self.manifest.fingerprint is None:
-            return foreign.read_statistics(self.path, self.manifest)
+            read = http.read_statistics if self.path.startswith(SCHEMES) else foreign.read_statistics
+            return read(self.path, self.manifest)
         name = files.join(self.path, "statistics.json")
         tree, found = files.read_mapping(name), {}
         for site, width in self.manifest.sites.items():
@@ -193,7 +200,10 @@ class Store:
         """One chunk's share of `verify`."""
         record = self.manifest.chunks[chunk]
         path = files.join(self.path, record.file)
-        size = chunkfile.size(path)
+        if self.manifest.fingerprint is None and self.path.startswith(SCHEMES):
+            self.read(chunk, record.rows - 1, record.rows, list(self.manifest.sites))  # its files are the server's own
+            return
+        size = files.size(path)
         if size is None:
             raise UserError(f"{path}: the chunk is missing")
         if size != record.bytes:

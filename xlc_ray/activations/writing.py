@@ -180,7 +180,7 @@ def missing_chunks(path: str, n: int) -> list[int]:
     for index in range(n):
         if f"chunk_{index}.json" in recorded:
             record = _read_record(path, index)
-            if chunkfile.size(files.join(path, record.file)) == record.bytes:
+            if files.size(files.join(path, record.file)) == record.bytes:
                 continue
         found.append(index)
     return found

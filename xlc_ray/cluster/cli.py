@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -13,7 +14,9 @@ from pydantic_core import PydanticUndefined
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
+from xlc_ray.cluster.session import log_directory
 from xlc_ray.config import Config, UserError, load_config, presets, yaml_text
+from xlc_ray.config.sweep import SweepConfig
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
 NEEDED = {"--config": "FILE.yaml, the settings of the run", "--run": "DIR, the directory of a trained run"}
@@ -46,6 +49,11 @@ def words_of(argv: list[str], option: str) -> tuple[str, dict[str, Any]]:
     if not needed:
         raise UserError(f"{option}: missing; give {option} {NEEDED[option]}")
     return needed, overrides
+
+
+def overrides_of(argv: list[str]) -> dict[str, Any]:
+    """Nothing but overrides. Raises UserError on anything else."""
+    return words_of([*argv, "--config", "-"], "--config")[1]
 
 
 class Options(argparse.ArgumentParser):
@@ -84,6 +92,11 @@ def run_on(main: Callable[..., object], about: str | None, own: Options | None =
     _run(main, lambda words: words_of(words, "--run"), about, "--run", own or Options())
 
 
+def run_sweep(main: Callable[..., object], about: str | None, own: Options) -> NoReturn:
+    """Likewise for a job on the settings of a sweep, whose file is one of its own options: `main(overrides)`."""
+    _run(main, lambda words: (overrides_of(words),), about, "--config", own, SweepConfig)
+
+
 def run_options(main: Callable[..., object], options: Options) -> NoReturn:
     """Likewise for a job that has options of its own and no settings: all go to `main` by their names."""
     _exit_with(lambda: main(**vars(options.parse_args())))
@@ -95,10 +108,11 @@ def _run(
     about: str | None,
     option: str,
     own: Options,
+    model: type[BaseModel] = Config,
 ) -> NoReturn:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv or any(word.startswith("--help=") for word in argv):
-        print(help_text(argv, about, option, own))
+        print(help_text(argv, about, option, own, model))
         sys.exit(0)
 
     def parsed() -> None:
@@ -111,7 +125,8 @@ def _run(
 def _exit_with(main: Callable[[], object]) -> NoReturn:
     """Exit with 0, or 2 after a user's mistake, or 130 when interrupted.
 
-    Anything else is a defect of ours and keeps its traceback."""
+    Anything else is a defect, or machines that failed too often: exit 1, with its traceback and where the logs are."""
+    sys.excepthook = _failed
     try:
         main()
     except KeyboardInterrupt:
@@ -124,6 +139,12 @@ def _exit_with(main: Callable[[], object]) -> NoReturn:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    if logs := log_directory():
+        print(f"failed; output of the workers: {logs}/worker-*, of Ray Train: {logs}/train", file=sys.stderr)
 
 
 def find_user_error(error: BaseException) -> UserError | None:
@@ -145,7 +166,7 @@ def find_user_error(error: BaseException) -> UserError | None:
     return UserError(said.group(1)) if said else None
 
 
-def help_text(argv: list[str], about: str | None, option: str, own: Options) -> str:
+def help_text(argv: list[str], about: str | None, option: str, own: Options, model: type[BaseModel] = Config) -> str:
     """What the job does, its own options and which sections there are; after `--help SECTION` (or --help=SECTION) the
     settings of that."""
     words = [word.removeprefix("--help=") for word in argv if word not in ("--help", "-h")]
@@ -156,12 +177,15 @@ def help_text(argv: list[str], about: str | None, option: str, own: Options) -> 
         USAGE.format(job=sys.argv[0], option=f"{option} {NEEDED[option].split(',')[0]}"),
         "",
     ]
-    field = Config.model_fields.get(section or "")
+    field = model.model_fields.get(section or "")
     if field is None:
         lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
-        lines += [f"  {name:<12}{f.description}" for name, f in Config.model_fields.items()]
-        lines += [f"  {'preset':<12}A paper's or program's settings, under the file's: {', '.join(presets.names())}."]
+        lines += [f"  {name:<12}{f.description}" for name, f in model.model_fields.items()]
+        if model is Config:
+            lines += [
+                f"  {'preset':<12}A paper's or program's settings, under the file's: {', '.join(presets.names())}."
+            ]
         lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]

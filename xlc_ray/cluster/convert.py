@@ -8,7 +8,7 @@ import ray
 import torch
 
 from xlc_ray import files
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import is_there, open_source
 from xlc_ray.cluster.session import connect, require, resolve, run_path
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, checkpoint
@@ -40,7 +40,8 @@ def convert(
         raise UserError(f"{config.out}: holds a run already; choose another --out")
     cluster = config.cluster
     require(cluster.cpus_per_model, cluster.gpus_per_model, "conversion")
-    task = ray.remote(_convert).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
+    name = f"convert {files.name(run_dir)}"  # as the dashboard shows it
+    task = ray.remote(_convert).options(name=name, num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
     options = {"per_feature": per_feature, "target_l0": target_l0, "tolerance": tolerance, "folded": fold}
     return ray.get(task.remote(run_dir, config, options)) | {"out": config.out}
 
@@ -49,11 +50,12 @@ def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str,
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
     device = "cuda" if config.cluster.gpus_per_model else "cpu"
     held_out = files.join(config.source.path, "held_out")
+    there = files.exists(held_out) or is_there(held_out)  # a server knows no directories
     found = convert_dictionary(
         checkpoint.load_dictionary(run_dir)[0],
         config,
-        open_store(config.source.path),
-        open_store(held_out) if files.exists(held_out) else None,
+        open_source(config.source),
+        open_source(config.source, "held_out") if there else None,
         device=device,
         **options,
     )
@@ -72,4 +74,5 @@ def _save(run_dir: str, config: Config, dictionary: Dictionary) -> None:
     facts = checkpoint.facts(run_dir, step) | {"converted_from": run_dir}
     facts.pop("step")
     dictionary.to(torch.float64 if config.train.precision == "float64" else torch.float32)
-    checkpoint.save(config.out, step, checkpoint.dictionary_tensors(dictionary), facts, config.train.keep)
+    tensors = checkpoint.dictionary_tensors(dictionary)
+    checkpoint.save(config.out, step, tensors, facts, config.train.keep, dictionary.shards)

@@ -45,7 +45,7 @@ def replica_batches(
     replica: int = 0,
     replicas: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of global batches start_batch … stop_batch-1: {site: float32 [batch_rows / replicas, width]}.
+    """A replica's share of global batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]}.
 
     Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
@@ -71,12 +71,13 @@ def replica_batches(
 
 def _blocks(reads: Iterator[functools.partial[Iterator[pa.Table]]], window_bytes: int) -> Iterator[Block]:
     while some := list(itertools.islice(reads, PIPELINE_TASKS)):
-        tasks = Tasks("activations", some, window_bytes * TASK_WINDOWS)
+        tasks = Tasks("Activations", some, window_bytes * TASK_WINDOWS)
         # A task's blocks are joined up to the target: less than a window leaves every window a block of its own.
         with ray.data.DataContext.current(data_context(max(1, window_bytes * 3 // 4))):
             dataset = ray.data.read_datasource(
                 tasks, override_num_blocks=len(tasks.reads), num_cpus=0, concurrency=READERS
             )
+            dataset.set_name("training")
             (blocks,) = dataset.streaming_split(1)
         yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
 

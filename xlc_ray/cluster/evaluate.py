@@ -1,18 +1,24 @@
-"""Evaluation as a job: one Ray task measures a run on held-out tokens and writes what it found beside it."""
+"""Evaluation as a job: Ray tasks each measure a run on a share of the held-out tokens, and one writes what they found.
+
+Their sums come to the driver, which merges them in the order of the shares: who was fastest is not seen.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 import torch
 
 from xlc_ray import evaluation, files
-from xlc_ray.activations.store import open_store
+from xlc_ray.activations.store import Store, open_source
 from xlc_ray.cluster.session import connect, require, run_path
 from xlc_ray.config import Config
-from xlc_ray.dictionary.checkpoint import load_dictionary
-from xlc_ray.evaluation import core
+from xlc_ray.dictionary import Dictionary
+from xlc_ray.dictionary.checkpoint import load_dictionary, steps
+from xlc_ray.evaluation import Effects, Share, Sums, core
+from xlc_ray.evaluation.ablation import Which
 from xlc_ray.evaluation.features import write_features
 from xlc_ray.evaluation.report import write_report
 from xlc_ray.training import logs
@@ -28,17 +34,44 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
     connect()
     run_dir = run_path(run_dir)
     config = load_dictionary(run_dir)[1].override(changes or {})
-    cluster = config.cluster
-    require(cluster.cpus_per_model, cluster.gpus_per_model, "evaluation")
-    task = ray.remote(_measure).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
-    return ray.get(task.remote(run_dir, config))
+    step = steps(run_dir)[-1]  # of all tasks, though training may go on and write a newer one
+    cpus, gpus, workers = config.cluster.cpus_per_model, config.cluster.gpus_per_model, config.evaluate.workers
+    # Tasks wait for one another where the cluster holds fewer at a time: it must hold one.
+    require(cpus, gpus, "evaluation")
+    name = f"evaluate {files.name(run_dir)}"  # as the dashboard shows it
+    measure = ray.remote(_measure).options(name=name, num_cpus=cpus, num_gpus=gpus)
+    ablate = ray.remote(_ablate).options(name=name, num_cpus=cpus, num_gpus=gpus)
+    shares = [Share(n, workers) for n in range(workers)]
+    sums, *others = ray.get([measure.remote(run_dir, step, config, share) for share in shares])
+    for other in others:
+        sums.merge(other)
+    effects = None
+    if chosen := evaluation.ablated_features(config, sums):
+        effects, *others = ray.get([ablate.remote(run_dir, step, config, share, chosen) for share in shares])
+        for other in others:
+            effects.merge(other)
+    finish = ray.remote(_finish).options(name=name, num_cpus=cpus)
+    return ray.get(finish.remote(run_dir, step, config, sums, effects))
 
 
-def _measure(run_dir: str, config: Config) -> dict[str, Any]:
+def _measure(run_dir: str, step: int, config: Config, share: Share) -> Sums:
+    return evaluation.measure_share(*_opened(run_dir, step, config), share)
+
+
+def _ablate(run_dir: str, step: int, config: Config, share: Share, chosen: Sequence[Which]) -> Effects:
+    return evaluation.ablate_share(*_opened(run_dir, step, config), chosen, share)
+
+
+def _opened(run_dir: str, step: int, config: Config) -> tuple[Dictionary, Config, Store, str]:
+    """The dictionary, its settings, its held-out rows, and the device to use; as many threads as the task has CPUs."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
-    device = "cuda" if config.cluster.gpus_per_model else "cpu"
-    held_out = open_store(files.join(config.source.path, "held_out"))
-    measured = evaluation.measure(load_dictionary(run_dir)[0], config, held_out, device)
+    store = open_source(config.source, "held_out")
+    return load_dictionary(run_dir, step)[0], config, store, "cuda" if config.cluster.gpus_per_model else "cpu"
+
+
+def _finish(run_dir: str, step: int, config: Config, sums: Sums, effects: Effects | None) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
+    measured = evaluation.finish(load_dictionary(run_dir, step)[0], sums, effects)
     found = measured.evaluation
     write_features(run_dir, measured.features)
     files.write_json(files.join(run_dir, core.FILE), measured.core)

@@ -110,11 +110,12 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
             num_gpus=cluster.gpus_per_model,
         )
         written = harvested.map_batches(
-            functools.partial(_write, paths=paths, dtype=config.generate.dtype),
+            functools.partial(write_chunk, paths=paths, dtype=config.generate.dtype),
             batch_size=None,
             num_cpus=0,
             compute=TaskPoolStrategy(min(WRITERS, len(items))),
         )
+    written.set_name("generate")
     for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
         yield from zip(batch["held_out"].tolist(), batch["index"].tolist(), strict=True)
 
@@ -147,7 +148,7 @@ class Harvester:
         return {"held_out": np.full(chunk.rows, held_out), "index": np.full(chunk.rows, index), **found}
 
 
-def _write(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, np.ndarray]:
+def write_chunk(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, np.ndarray]:
     held_out, index = bool(batch.pop("held_out")[0]), int(batch.pop("index")[0])
     store.write_chunk(paths[held_out], index, batch, dtype)
     return {"held_out": np.array([held_out]), "index": np.array([index])}

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import ray
 import ray.data
+from ray.exceptions import AuthenticationError
 
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.files import local
 
 QUIET = ("Progress bars disabled", "Exception occurred in", "An exception was raised from a task", "Full stack trace")
 """Beginnings of Ray Data's lines that a user need not see: the first is what we asked for, the others go with an
 exception that we report ourselves."""
+AUTHENTICATION = ("", "disabled", "token")
+"""What RAY_AUTH_MODE may be; unset, Ray takes tokens where it finds one."""
 JOB_FILES = "runtime_resources"
 """Ray unpacks a job's working directory below a folder of this name, and deletes it after the job."""
 
@@ -29,16 +33,27 @@ def connect() -> None:
     Workers' output stays in Ray's logs: what a user should see is said by the driver. The dashboard stays on: without
     it Ray Train leaks its placement groups.
     """
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode not in AUTHENTICATION:
+        raise UserError(f"RAY_AUTH_MODE: {mode!r} is unknown; allowed: {', '.join(filter(None, AUTHENTICATION))}")
     _quieten()
     if ray.is_initialized():
         return
     # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of training runs
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's C++ core warns on the console of every pool of actors that may restart, as ours should …
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _hushed():  # … and remarks on being told not to.
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=True)
+    try:
+        with _hushed():  # … and remarks on being told not to.
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, include_dashboard=True)
+    except (ConnectionError, AuthenticationError) as error:
+        raise UserError(
+            f"cluster: cannot be joined: {str(error).strip().splitlines()[0]} (RAY_ADDRESS = "
+            f"{os.environ.get('RAY_ADDRESS', 'not set')}, RAY_AUTH_MODE = {mode or 'not set'}); give the address, the "
+            "RAY_AUTH_MODE and the token of the running cluster"
+        ) from None
 
 
 @contextmanager
@@ -94,18 +109,34 @@ def available(kind: str) -> float:
     return ray.available_resources().get(kind, 0.0)
 
 
+def log_directory() -> str | None:
+    """Where Ray on this node keeps the logs of the session that this process has joined; None where it joined none."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return os.path.join(context.get_temp_dir(), context.get_session_name(), "logs")
+
+
 def resolve(config: Config) -> Config:
     """The same settings with absolute local paths, because workers run in other directories; URLs stay as they are.
 
     `model.name`, `base_model.name` and the datasets of `text` are seen from the working directory and left alone where
     nothing is there (a name on the Hub). `out` and `source.path` are relative to $XLC_ROOT; without it to the working
-    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray.
+    directory, or, in a Ray job that runs in a temporary copy of it, to ~/xlc_ray. So is `source.cache.path`.
     """
     changes = {"model.name": _absolute(config.model.name), **config.text.renamed(_absolute)}
     if config.base_model:
         changes["base_model.name"] = _absolute(config.base_model.name)
     root = output_root()
-    for path, name in (("source.path", config.source.path), ("out", config.out)):
+    places = {"out": config.out}
+    match config.source:
+        case StoreSource(path=path, cache=cache):
+            places["source.path"] = path
+            if cache:
+                places["source.cache.path"] = cache.path
+        case HttpSource():
+            pass
+    for path, name in places.items():
         if "://" not in name or name.startswith("file://"):
             changes[path] = str(root / Path(local(name)).expanduser())
     if config.train.loss.connection:

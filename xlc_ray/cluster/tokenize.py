@@ -40,9 +40,10 @@ def tokenized(config: Config) -> Generator[dict[bool, Packed], None, None]:
     """For each run of documents, in order: {held out?: (windows, mask)}. Close the iterator to stop reading."""
     read = functools.partial(_read, config.text, config.generate.documents_per_task)
     with ray.data.DataContext.current(data_context(ONE_ROW)):
-        documents = ray.data.read_datasource(Tasks("text", [read]), override_num_blocks=1, num_cpus=0)
-        pack_task = functools.partial(_pack, model=config.model, text=config.text)
+        documents = ray.data.read_datasource(Tasks("Text", [read]), override_num_blocks=1, num_cpus=0)
+        pack_task = functools.partial(pack_documents, model=config.model, text=config.text)
         packed = documents.map_batches(pack_task, batch_size=None, num_cpus=1)
+        packed.set_name("tokenise")
     for batch in packed.iter_batches(batch_size=None, prefetch_batches=2):
         yield from (pickle.loads(row) for row in batch["packed"])
 
@@ -75,7 +76,7 @@ def _read(text: Text, documents_per_task: int) -> Iterator[pa.Table]:
         yield pa.table({"documents": pa.array([pickle.dumps(some)], pa.large_binary())})
 
 
-def _pack(batch: dict[str, np.ndarray], model: Model, text: Text) -> dict[str, list[bytes]]:
+def pack_documents(batch: dict[str, np.ndarray], model: Model, text: Text) -> dict[str, list[bytes]]:
     tokenizer, special = _tokenizer(model)
     rows = []
     for documents in map(pickle.loads, batch["documents"]):

@@ -1,30 +1,39 @@
-"""Training as a Ray Train job: worker groups of replicas × feature shards, fed by Ray Data, restarted on failure."""
+"""Training as a Ray Train job: each worker a rank of replicas × feature shards, fed by Ray Data.
+
+(Groups of workers, and what happens when one fails: supervisor.py.)
+"""
 
 from __future__ import annotations
 
-import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray.train
 import torch
-from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
 from torch import Tensor
 
 from xlc_ray import files
-from xlc_ray.activations.store import Store, open_store
-from xlc_ray.cluster.cli import find_user_error
+from xlc_ray.activations.store import Store, is_there, open_source
+from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
+from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
+from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
+from xlc_ray.cluster.supervisor import GROWN, supervise
+from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import HttpSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training.saving import Stop
 
 POLL_SECONDS = 0.3
 """How often the driver looks for new lines of metrics."""
@@ -37,94 +46,60 @@ def train(config: Config) -> dict[str, Any]:
     where the loss is not finite, and what made a worker fail when `cluster.max_failures` restarts did not help.
     """
     config = resolve(config)
-    data = _open(config)
-    loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
+    data = open_or_make(config)
+    wiring = loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
     connect()
-    workers = config.cluster.tensor_parallel * config.cluster.replicas
-    require(workers * config.cluster.cpus_per_worker, workers * config.cluster.gpus_per_worker, f"{workers} workers")
+    least = min(layout.workers for layout in layouts(config))
+    require(least * config.cluster.cpus_per_worker, least * config.cluster.gpus_per_worker, f"{least} workers")
     step = loop.prepare(config)
     if step != config.train.steps:
+        preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with _Watch(config, step or 0):
-            _fit(config)
+        with driving(config.out), _Watch(config, step or 0):
+            supervise(config, _worker)
     return {**logs.read(config.out)[-1], "out": config.out}
 
 
-def _open(config: Config) -> Store:
+def open_or_make(config: Config) -> Store:
     """The store, made first where it is missing and may be. A store that is there but damaged stays an error."""
-    path = config.source.path
-    if not any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin")):
+    if not is_there(config.source.path):
         if not config.source.make_if_missing:
+            match config.source:
+                case HttpSource(url=url, dataset_id=dataset):
+                    what = f"source.dataset_id: no complete store {dataset} at {url}"
+                case StoreSource(path=path):
+                    what = f"source.path: no complete store at {path}"
             raise UserError(
-                f"source.path: no complete store at {path}; make it by jobs/generate.py with the same settings, "
-                "or set source.make_if_missing: true"
+                f"{what}; make it by jobs/generate.py with the same settings, or set source.make_if_missing: true"
             )
         from xlc_ray.cluster.generate import generate  # with its language-model libraries, which workers do not need
 
         generate(config)
-    return open_store(path)
+    return open_source(config.source)
 
 
-def _fit(config: Config) -> None:
-    """Run worker groups until one reaches the end. Each begins at the newest checkpoint."""
-    cluster = config.cluster
-    gpus = cluster.gpus_per_worker > 0
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpus else {})
-    for left in reversed(range(cluster.max_failures + 1)):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config},
-            scaling_config=ScalingConfig(  # pyrefly: ignore (two classes share the name)
-                num_workers=cluster.tensor_parallel * cluster.replicas, use_gpu=gpus, resources_per_worker=resources
-            ),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(  # pyrefly: ignore (likewise)
-                name=files.name(config.out), storage_path=files.join(config.out, "ray_train")
-            ),
-        )
-        try:
-            with _interruptible():
-                trainer.fit()
-            return
-        except (TrainingFailedError, RayError) as error:
-            if mistake := find_user_error(error):
-                raise UserError(str(mistake)) from None
-            if not left or "Diverged" in str(error):
-                raise
-            print(f"train: {_reason(error)}; going on from the last checkpoint ({left} restarts left)", flush=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt: Ray Train takes the signal over, stops its workers and exits the process."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-
-
-def _reason(error: Exception) -> str:
-    """One line on why workers failed."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    lines = str(failures[0] if failures else error).strip().splitlines()
-    return f"a worker failed ({lines[-1].strip()[:200]})"
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """One rank: what Ray Train calls in every worker."""
+def _worker(settings: dict[str, Any]) -> str | None:
+    """One rank: what Ray Train calls in every worker. Returns GROWN where it stopped for a larger layout."""
     config: Config = settings["config"]
+    place: Place = settings["place"]
+    stacks = files.join(config.out, "stacks", settings["attempt"])
+    with Watchdog(config.cluster.hang_timeout_s, stacks, dist.get_rank()) as watchdog:
+        try:
+            _train_rank(config, place, watchdog)
+        except Stop:  # nodes are back
+            return GROWN
+    return None
+
+
+def _train_rank(config: Config, place: Place, watchdog: Watchdog) -> None:
     device = get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))  # Ray allows workers one thread
     torch.manual_seed(config.seed)
-    shards = Shards.of_world(config.cluster.tensor_parallel, device.type)
-    data = open_store(config.source.path)
-    gauges = Gauges(files.name(config.out))
+    shards = Shards.of_world(place.layout.tensor_parallel, device.type)
+    own = _nodes_of_ranks(config, place)
+    data = replace(open_source(config.source), patience=config.cluster.read_retry_s)
+    gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
     def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
@@ -136,8 +111,28 @@ def _worker(settings: dict[str, Any]) -> None:
         # Ray Train hears of checkpoints only: each report waits for the controller's next poll. The checkpoint itself
         # is ours, so that any number of ranks can read it, with or without Ray.
         ray.train.report(metrics | {"step": step})
+        if place.layout != layouts(config)[0] and step != config.train.steps:
+            found = best(config, with_own(nodes_now(free=True), own, config.cluster)) if leader else None
+            if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
+                raise Stop
 
-    loop.train_rank(config, data, shards, reader, device, gauges.set if leader else lambda _: None, saved)
+    announce = gauges.set if leader else lambda _: gauges.set({})
+    loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
+
+
+def _larger(config: Config, found: Place, now: Place) -> bool:
+    allowed = layouts(config)
+    return allowed.index(found.layout) < allowed.index(now.layout)
+
+
+def _nodes_of_ranks(config: Config, place: Place) -> Counter[str]:
+    """Workers by node. That Ray gives ranks by node, in the order of bundles, is what `place` relies on."""
+    nodes: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    assert Counter(nodes) == Counter(place.nodes), "workers are where they were placed"
+    apart = groups_apart(nodes, place.layout.tensor_parallel)
+    assert config.cluster.placement == "any" or not apart, f"replicas {apart} span nodes"
+    return Counter(nodes)
 
 
 class _Watch:
@@ -165,9 +160,8 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        lines = logs.read(self.config.out)
-        if lines and lines[-1]["step"] > self.step:
-            m = lines[-1]
+        m = logs.last(self.config.out)
+        if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
             if "kl" in m:

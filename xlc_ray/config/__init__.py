@@ -14,11 +14,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from xlc_ray.config import presets, yaml_text
-from xlc_ray.config.activations import BaseOf, Generate, Model, StoreSource, Text
+from xlc_ray.config.activations import BaseOf, Generate, Model, Text
 from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.gate_losses import check_gate
+from xlc_ray.config.sources import Source
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
 __all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
@@ -39,7 +40,7 @@ class Config(Settings):
     """The text it reads."""
     generate: Generate
     """The activations to store."""
-    source: StoreSource
+    source: Source
     """Where training reads activations."""
     dictionary: Dictionary
     """What is trained."""
@@ -49,6 +50,14 @@ class Config(Settings):
     """How it is measured."""
     cluster: Cluster = Cluster()
     """On what."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _store_is_the_usual_source(cls, values: Any) -> Any:
+        source = values.get("source") if isinstance(values, dict) else None
+        if isinstance(source, dict) and "kind" not in source:
+            return values | {"source": {"kind": "store", **source}}
+        return values
 
     @model_validator(mode="after")
     def _models_are_read(self) -> Config:
@@ -75,6 +84,7 @@ class Config(Settings):
                 f"cluster.tensor_parallel: {self.cluster.tensor_parallel} ranks cannot share "
                 f"dictionary.features = {self.dictionary.features}; use at most {self.dictionary.features}"
             )
+        self._layouts_are_possible()
         pooled = gate if isinstance(gate, TopKGate | BatchTopKGate) and gate.pool == "group" else None
         if pooled and pooled.k > self.dictionary.features:
             raise ValueError(f"dictionary.gate.k: {pooled.k} exceeds dictionary.features = {self.dictionary.features}")
@@ -94,6 +104,18 @@ class Config(Settings):
                 "allowed dictionary.wiring.kind: sae, transcoder"
             )
         return self
+
+    def _layouts_are_possible(self) -> None:
+        cluster = self.cluster
+        if cluster.min_replicas and cluster.min_replicas > cluster.replicas:
+            raise ValueError(
+                f"cluster.min_replicas: {cluster.min_replicas} exceeds cluster.replicas = {cluster.replicas}"
+            )
+        if (most := max(cluster.fallback_tensor_parallel, default=1)) > self.dictionary.features:
+            raise ValueError(
+                f"cluster.fallback_tensor_parallel: {most} ranks cannot share dictionary.features = "
+                f"{self.dictionary.features}"
+            )
 
     def override(self, changes: dict[str, Any]) -> Config:
         """A new Config with each dotted path replaced by its value. Raises UserError on a bad path or value."""

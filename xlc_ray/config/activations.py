@@ -147,20 +147,3 @@ class Generate(Settings):
     """Windows in one forward pass of the model."""
     documents_per_task: Annotated[int, Field(ge=1)] = 64
     """Documents that one tokenising task packs into windows; part of the data's identity."""
-
-
-class StoreSource(Settings):
-    """Activations in a directory (or at a URL) of chunk files."""
-
-    kind: Literal["store"] = "store"
-    """The tag of this source."""
-    path: Name
-    """The store: a directory or a URL that fsspec knows."""
-    slice_rows: Annotated[int, Field(ge=1)] = 64
-    """Rows read in one piece: the unit that is shuffled over the whole store."""
-    window_slices: Annotated[int, Field(ge=1)] = 256
-    """Slices, drawn from all chunks, whose rows are mixed with each other."""
-    make_if_missing: bool = False
-    """Where the store is missing or incomplete, training first generates it."""
-    verify: bool = True
-    """Check every chunk's checksum before the first step."""

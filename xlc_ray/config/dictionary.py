@@ -139,14 +139,21 @@ class ConcreteSettings(Settings):
     """z is stretched to (gamma, zeta), then cut to [0, 1]."""
     zeta: Annotated[float, Field(gt=1)] = 1.1
     """Upper end of the stretch."""
-    alpha: float = 0.0
-    """Start of the gates' log-odds (of their bias, where they read the input)."""
+    alpha: float | None = None
+    """Start of the gates' log-odds (of their bias, where they read the input); null = -3 where they read the input, 0
+    where they are free. Above -2.4 a gate is open at inference, and Adam moves alpha by about the learning rate a step:
+    gates that start at 0 need thousands of steps to close."""
     beta: Annotated[float, Field(gt=0)] = 0.5
     """Temperature at the start."""
     final_beta: Annotated[float, Field(gt=0)] | None = None
     """Temperature at the end, reached exponentially; null = constant."""
     beta_hold: Fraction = 0.1
     """Share of the run before the temperature moves."""
+
+    @property
+    def start(self) -> float:
+        """`alpha`, or what null stands for."""
+        return -3.0 if self.alpha is None else self.alpha
 
 
 class HardConcreteGate(ConcreteSettings):
@@ -155,7 +162,12 @@ class HardConcreteGate(ConcreteSettings):
     kind: Literal["hard_concrete"] = "hard_concrete"
     """The tag of this gate."""
     input_dependent: bool = True
-    """Gates read the input by a second encoder; else each feature has one free parameter."""
+    """Gates read the input by a second encoder; else each feature has one free parameter, the same for all tokens."""
+
+    @property
+    def start(self) -> float:
+        """`alpha`, or what null stands for."""
+        return 0.0 if self.alpha is None and not self.input_dependent else super().start
 
 
 class GatedHardConcreteGate(ConcreteSettings):
@@ -163,8 +175,9 @@ class GatedHardConcreteGate(ConcreteSettings):
 
     kind: Literal["gated_hard_concrete"] = "gated_hard_concrete"
     """The tag of this gate."""
-    auxiliary: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the reconstruction from z alone by the frozen decoder."""
+    auxiliary: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the reconstruction from z alone by the frozen decoder. Gates learn without it; as z is at most 1, it
+    opens more features than the true ones where these are larger than 1, as they are in normalised units."""
 
 
 class TopKGate(Settings):

@@ -1,23 +1,28 @@
-"""JSON Schema of a file of settings, by which editors complete and check the YAML: python -m xlc_ray.config.schema.
+"""JSON Schemas of all settings, by which editors complete and check the YAML.
 
-Config's own, and `preset`. What a preset may decide (dictionary, train) need not be in the file, at any depth; without
-a preset the settings of these two sections themselves do.
+python -m xlc_ray.config.schema > configs/schema.json
+python -m xlc_ray.config.schema sweep > configs/sweeps/schema.json
+
+The first is Config's own, and `preset`. What a preset may decide (dictionary, train) need not be in the file, at any
+depth; without a preset the settings of these two sections themselves do.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from xlc_ray.config import Config, presets
+from xlc_ray.config.sweep import SweepConfig
 
 DECIDED = ("Dictionary", "Train")
 """Sections that presets speak of."""
 
 
 def schema() -> dict[str, Any]:
-    """The schema as a tree."""
+    """The schema of a run's file as a tree."""
     tree = Config.model_json_schema()
     sections = tree["$defs"]
     missing = {name.lower(): {"required": sections[name]["required"]} for name in DECIDED}
@@ -63,8 +68,22 @@ def _any_kind(field: Any) -> None:
 
 def text() -> str:
     """What stands in configs/schema.json."""
-    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+    return _text(schema())
+
+
+def sweep_text() -> str:
+    """What stands in configs/sweeps/schema.json."""
+    tree = SweepConfig.model_json_schema()
+    base = tree["properties"]["base"]
+    tree["properties"]["base"] = {"anyOf": [{"type": "string"}, {"$ref": base["$ref"]}]} | {
+        "description": base["description"]
+    }
+    return _text(tree)
+
+
+def _text(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    print(text(), end="")
+    print(sweep_text() if sys.argv[1:] == ["sweep"] else text(), end="")

@@ -211,6 +211,8 @@ class Wandb(Settings):
     """Project name."""
     entity: str | None = None
     """Team or user."""
+    group: Name | None = None
+    """Shows runs together under this name; trials of a sweep have its name by themselves."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to the run directory; sync later."""
 
@@ -248,6 +250,9 @@ class Train(Settings):
     """Steps between lines of metrics."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     """Steps between checkpoints; one is always written at the end."""
+    async_checkpoints: bool = True
+    """Train on while a checkpoint is written, from a copy that takes 12 bytes of host memory for each of a rank's
+    parameters; false: wait."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
     wandb: Wandb | None = None
@@ -267,6 +272,8 @@ class Evaluate(Settings):
     """Windows in one forward pass."""
     ablate_features: Annotated[int, Field(ge=0)] = 0
     """Active features, drawn at random, whose single effect on the cross-entropy is measured; 0 = none."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Ray tasks that share the rows and windows; each takes what a language-model actor does."""
 
 
 class Cluster(Settings):
@@ -286,5 +293,17 @@ class Cluster(Settings):
     """CPUs of a language-model actor."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of a language-model actor."""
+    placement: Literal["spread", "pack", "any"] = "spread"
+    """Replicas on as many nodes as can be, or on few; a replica's ranks on one node, except with any."""
+    min_replicas: Annotated[int, Field(ge=1)] | None = None
+    """Train with as few replicas while nodes are missing; null = never with fewer than replicas."""
+    fallback_tensor_parallel: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Ranks of a dictionary, in order of preference, where no replica of tensor_parallel ranks finds room."""
+    node_wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds to wait for room that the cluster lacks, before it is an error."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of a failed worker group, each from the last checkpoint."""
+    """Restarts of a failed worker group in a row without a new checkpoint in between."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without a step after which training counts as failed: more than a start or a checkpoint takes."""
+    read_retry_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds for which a read of activations that fails is tried again, with growing pauses."""

@@ -73,7 +73,7 @@ def make_gate(config: settings.Gate, sizes: list[int], shards: Shards) -> gates.
 
 def _concrete(config: settings.HardConcreteGate | settings.GatedHardConcreteGate) -> hard_concrete.Shape:
     last = config.beta if config.final_beta is None else config.final_beta
-    return hard_concrete.Shape(config.gamma, config.zeta, config.alpha, config.beta, last, config.beta_hold)
+    return hard_concrete.Shape(config.gamma, config.zeta, config.start, config.beta, last, config.beta_hold)
 
 
 def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards) -> Dictionary:

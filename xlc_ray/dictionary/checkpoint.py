@@ -1,14 +1,21 @@
-"""Checkpoints: every rank writes its own shard; any number of ranks reads them back.
+"""Checkpoints: every rank writes its own shard, while training goes on; any number of ranks reads them back.
 
 A run directory holds `checkpoints/step_N/`, written by torch.distributed.checkpoint, and in each, written last, a
 `complete.json` with what is not a tensor. A checkpoint without that file does not exist. The layout of tensors is told
 by DTensor, whose only place in xlc_ray this is.
+
+Ranks agree on what is written through `Shards.background`, a group of its own: a thread's collectives must not meet
+those of training. (dcp.async_save would do the same, but knows nothing of the marker and of pruning, which belong to
+the same thread.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xlc_ray import files
@@ -27,53 +35,127 @@ from xlc_ray.dictionary.shards import Shards
 from xlc_ray.dictionary.wiring import Tying, Wiring
 
 MARKER = "complete.json"
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of every save and load of one process
 
 
-def save(run_dir: str, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint (all ranks call this), mark it complete, then prune to the newest `keep`."""
-    path = files.join(run_dir, "checkpoints", f"step_{step}")
-    alone = not dist.is_initialized()
-    leader = alone or dist.get_rank() == 0
+def save(
+    run_dir: str,
+    step: int,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    shards: Shards,
+    background: Background | None = None,
+) -> None:
+    """Write a checkpoint (all ranks call this), mark it complete, then prune to the newest `keep`.
+
+    With `background` this returns when the tensors are copied, after waiting for the checkpoint before."""
+    write = functools.partial(_write, run_dir, step, facts, keep, shards.background)
+    if background is None:
+        write(tensors)
+    else:
+        background.start(write, tensors)
+
+
+def _write(
+    run_dir: str, step: int, facts: dict[str, Any], keep: int, group: dist.ProcessGroup | None, tensors: dict
+) -> None:
+    path = _path(run_dir, step)
+    leader = group is None or dist.get_rank(group) == 0
     if leader:
         files.remove(path)  # a part left by an interrupted save
         files.makedirs(path)
-    if not alone:
-        dist.barrier()
+    if group is not None:
+        dist.barrier(group)
     writer = FsspecWriter(path) if files.is_url(path) else dcp.FileSystemWriter(files.local(path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            dcp.save(tensors, storage_writer=writer, no_dist=alone)
-        except CheckpointException as error:  # holds what each rank met
-            with files.writing(path):
-                raise next(iter(error.failures.values()))[0] from None
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # holds what each rank met
+        with files.writing(path):
+            raise next(iter(error.failures.values()))[0] from None
     if leader:
         files.write_json(files.join(path, MARKER), {"step": step, **facts})
-        for old in steps(run_dir)[:-keep]:
-            files.remove(files.join(run_dir, "checkpoints", f"step_{old}"))
-    if not alone:
-        dist.barrier()
+        _prune(run_dir, steps(run_dir)[-keep:])
+    if group is not None:
+        dist.barrier(group)
+
+
+def _prune(run_dir: str, kept: list[int]) -> None:
+    """Remove what is older than the checkpoints that are kept, parts of interrupted saves too."""
+    for name in files.listdir(files.join(run_dir, "checkpoints")):
+        if (step := _step_of(name)) is not None and step < kept[0]:
+            path = _path(run_dir, step)
+            files.remove(files.join(path, MARKER))  # first: what is removed by half is no checkpoint
+            files.remove(path)
+
+
+class Background:
+    """Writes one checkpoint at a time in a thread, from a copy in host memory, which is kept for the next.
+
+    The copy takes as many bytes as the checkpoint's share of this rank. All ranks start and wait at the same steps. It
+    ends as a context manager, after what is being written."""
+
+    def __init__(self):
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[None] | None = None
+
+    def start(self, write: Callable[[dict[str, Tensor]], None], tensors: dict[str, Tensor]) -> None:
+        """Call `write` with tensors as they are now. Waits for the write before, and raises what made it fail."""
+        self.wait()
+        copies = self._stager.stage(tensors)
+        assert isinstance(copies, dict), "staged at once, not in a thread"
+        self._running = self._thread.submit(write, copies)
+
+    def check(self) -> None:
+        """Raise what made the write fail, if it did. Does not wait."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what made the write fail."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._stager.close()
 
 
 def steps(run_dir: str) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
     base = files.join(run_dir, "checkpoints")
-    names = [n for n in files.listdir(base) if n.startswith("step_") and n[5:].isdigit()]
-    return sorted(int(n[5:]) for n in names if files.exists(files.join(base, n, MARKER)))
+    found = [step for name in files.listdir(base) if (step := _step_of(name)) is not None]
+    return sorted(step for step in found if files.exists(files.join(_path(run_dir, step), MARKER)))
+
+
+def _path(run_dir: str, step: int) -> str:
+    return files.join(run_dir, "checkpoints", f"step_{step}")
+
+
+def _step_of(name: str) -> int | None:
+    return int(name[5:]) if name.startswith("step_") and name[5:].isdigit() else None
 
 
 def facts(run_dir: str, step: int) -> dict[str, Any]:
     """What `save` was given beside tensors."""
-    return files.read_json(files.join(run_dir, "checkpoints", f"step_{step}", MARKER))
+    return files.read_json(files.join(_path(run_dir, step), MARKER))
 
 
-def load(run_dir: str, step: int, tensors: dict[str, Tensor]) -> None:
+def load(run_dir: str, step: int, tensors: dict[str, Tensor], shards: Shards) -> None:
     """Fill the tensors given, in place, from a checkpoint written by any number of ranks (all ranks call this)."""
-    path = files.join(run_dir, "checkpoints", f"step_{step}")
+    path = _path(run_dir, step)
     reader = FsspecReader(path) if files.is_url(path) else dcp.FileSystemReader(files.local(path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    group = shards.background
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def sharded(local: Tensor, features: int, shards: Shards) -> Tensor:
@@ -115,14 +197,18 @@ def wiring_from(plain: dict[str, Any]) -> Wiring:
     return Wiring(plain["widths"], reads, writes, plain["skip"], tied)
 
 
-def load_dictionary(run_dir: str) -> tuple[Dictionary, Config]:
-    """The whole dictionary of a run's newest checkpoint, on the CPU in inference form, and the run's settings."""
+def load_dictionary(run_dir: str, step: int | None = None) -> tuple[Dictionary, Config]:
+    """The whole dictionary of a run's checkpoint at `step` (None: the newest), on the CPU in inference form, and the
+    run's settings. Raises UserError where there is no such checkpoint."""
     if not (found := steps(run_dir)):
         raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise UserError(f"{run_dir}: no complete checkpoint of step {step}; there are: {', '.join(map(str, found))}")
     config = load_config_text(files.read_bytes(files.join(run_dir, "config.yaml")), f"{run_dir}/config.yaml")
-    wiring = wiring_from(facts(run_dir, found[-1])["wiring"])
+    wiring = wiring_from(facts(run_dir, step)["wiring"])
     dictionary = build(config.dictionary, wiring, config.seed, Shards())
     if config.train.precision == "float64":
         dictionary.double()
-    load(run_dir, found[-1], dictionary_tensors(dictionary))
+    load(run_dir, step, dictionary_tensors(dictionary), dictionary.shards)
     return dictionary.float().eval(), config

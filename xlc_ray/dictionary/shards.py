@@ -28,7 +28,8 @@ class Shards:
     """This rank's place: `rank` of `size` in its replica, replica `replica` of `replicas`.
 
     `group` spans the ranks of the replica, `replica_group` the ranks that hold the same features in all replicas,
-    `everyone` both; None where there is just one rank. `mesh` (replicas × shards) is for checkpoints.
+    `everyone` both; None where there is just one rank. `mesh` (replicas × shards) and `background` (everyone too, on
+    CPUs, for a thread beside training) are for checkpoints.
     """
 
     rank: int = 0
@@ -38,6 +39,7 @@ class Shards:
     group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None
     everyone: dist.ProcessGroup | None = None
+    background: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
 
     @staticmethod
@@ -47,6 +49,8 @@ class Shards:
         if world % size:
             raise ValueError(f"{world} ranks do not divide into replicas of {size}")
         mesh = init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replica", "shard"))
+        background = dist.new_group(backend="gloo")
+        assert isinstance(background, dist.ProcessGroup), "every rank is in it"
         return Shards(
             rank % size,
             size,
@@ -55,6 +59,7 @@ class Shards:
             mesh.get_group("shard") if size > 1 else None,
             mesh.get_group("replica") if world > size else None,
             dist.group.WORLD if world > 1 else None,
+            background,
             mesh,
         )
 

@@ -24,8 +24,8 @@ from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
 from xlc_ray.dictionary.fold import fold, fold_decoder_norms
 from xlc_ray.dictionary.gates import JumpReLU, TopK
+from xlc_ray.evaluation.held_out import held_out_batches
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
-from xlc_ray.evaluation.run import held_out_batches
 from xlc_ray.evaluation.thresholds import (
     SCALES,
     Kept,

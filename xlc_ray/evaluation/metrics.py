@@ -16,12 +16,15 @@ whose denominator is zero has no value and is None.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from xlc_ray.config import UserError
 
 DENSITY_EDGES = np.linspace(-10.0, 0.0, 41)
 """Edges of the density histogram, in log10 of the frequency: quarters of a decade; the first bin holds the dead."""
@@ -107,7 +110,7 @@ class Activity:
 
     def update(self, counts: Tensor, tokens: int) -> None:
         """Add a batch of `tokens` tokens, in which feature i was active counts[i] times."""
-        self.counts += counts.cpu()
+        self.counts = self.counts + counts.cpu()
         self.tokens += tokens
 
     def merge(self, other: Activity) -> None:
@@ -168,8 +171,24 @@ class ReconstructionMetrics:
         for mine, theirs in zip(self.groups, other.groups, strict=True):
             mine.merge(theirs)
 
+    def _check(self) -> None:
+        if not self.tokens:
+            raise UserError(
+                "evaluate: the held-out activations hold no rows; set generate.held_out_tokens to more than 0"
+            )
+        for site, moments in self.sites.items():
+            if not math.isfinite(moments.square):
+                raise UserError(f"evaluate: {site}: the held-out activations are not finite; try model.dtype: float32")
+            if not math.isfinite(moments.residual):
+                raise UserError(
+                    f"evaluate: {site}: the reconstruction is not finite; the dictionary diverged in training"
+                )
+
     def compute(self) -> dict[str, Any]:
-        """tokens, totals by name, `sites` (site → metrics), `groups` (list), `feature_density` (edges and counts)."""
+        """tokens, totals by name, `sites` (site → metrics), `groups` (list), `feature_density` (edges and counts).
+
+        Raises UserError where there was no row, or where a site or its reconstruction is not finite."""
+        self._check()
         sites = {site: moments.compute() for site, moments in self.sites.items()}
         every = Activity(self.tokens, torch.cat([group.counts for group in self.groups]))
         total = self.total.compute()

@@ -18,7 +18,7 @@ seen, in float64, one pass: Σ f², and two numbers Σ f ⟨d, ŷ⟩, Σ f ⟨d,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,13 +104,18 @@ class ModelDiff:
                     dots = torch.linalg.vecdot(weighted, target[token[part]])
                     self.dots[m, t] += _sum(dots, feature[part], own.shape[1])
 
+    def sums(self) -> ModelDiff:
+        """The same without the decoder rows: all that another process needs to merge, which has the rows itself."""
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        return replace(self, rows=(none, none))
+
     def merge(self, other: ModelDiff) -> None:
         """Add what another process saw of the same dictionary on other tokens."""
         assert (self.group, self.site) == (other.group, other.site)
         self.tokens += other.tokens
-        self.active += other.active
-        self.squares += other.squares
-        self.dots += other.dots
+        self.active = self.active + other.active
+        self.squares = self.squares + other.squares
+        self.dots = self.dots + other.dots
 
     def per_feature(self) -> dict[str, Tensor]:
         """Each quantity named at the top, and `frequency`: [F] float64, NaN where it has no value."""

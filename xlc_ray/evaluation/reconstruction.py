@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Features
 from xlc_ray.evaluation.metrics import ReconstructionMetrics
 from xlc_ray.evaluation.model_diff import ModelDiff
@@ -32,8 +30,9 @@ def evaluate_reconstruction(
     """Accumulate the metrics of metrics.py over batches {site: [B, d]} in raw units; `watches` see every batch too, and
     `diff` what is normalised.
 
-    The dictionary is measured in its inference form and left as it was found. Raises UserError where there is no row,
-    or where a site or its reconstruction is not finite.
+    The dictionary is measured in its inference form and left as it was found. Of one that is split over ranks, all
+    ranks of a replica call this with the same batches and get the metrics of the whole; `watches` and `diff` need one
+    rank.
     """
     wiring, device, was_training = dictionary.wiring, dictionary.b_dec.device, dictionary.training
     widths = {site: wiring.widths[site] for site in wiring.written_sites}
@@ -45,21 +44,21 @@ def evaluate_reconstruction(
         features = dictionary.encode(x)
         y_hat = dictionary.decode(features, x)
         raw_hat = dictionary.denormalize(y_hat)
-        metrics.update(batch, raw_hat, y, y_hat, [f.count() for f in features])
+        metrics.update(batch, raw_hat, y, y_hat, _counts(dictionary, features))
         for watch in watches:
             watch.update(batch, raw_hat, features)
         if diff:
             diff.update(features, y, y_hat)
     dictionary.train(was_training)
-    _check(metrics)
     return metrics
 
 
-def _check(metrics: ReconstructionMetrics) -> None:
-    if not metrics.tokens:
-        raise UserError("evaluate: the held-out activations hold no rows; set generate.held_out_tokens to more than 0")
-    for site, moments in metrics.sites.items():
-        if not math.isfinite(moments.square):
-            raise UserError(f"evaluate: {site}: the held-out activations are not finite; try model.dtype: float32")
-        if not math.isfinite(moments.residual):
-            raise UserError(f"evaluate: {site}: the reconstruction is not finite; the dictionary diverged in training")
+def _counts(dictionary: Dictionary, features: list[Features]) -> list[Tensor]:
+    """Active tokens of each feature, those of other ranks included, for each group [F]."""
+    shards = dictionary.shards
+    if shards.group is None:
+        return [f.count() for f in features]
+    whole = [torch.zeros(size, dtype=torch.int64, device=dictionary.b_dec.device) for size in dictionary.sizes]
+    for counts, f in zip(whole, features, strict=True):
+        counts[slice(*shards.bounds(len(counts)))] = f.count()
+    return list(shards.total(torch.cat(whole)).split([len(counts) for counts in whole]))

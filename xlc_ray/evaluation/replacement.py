@@ -137,39 +137,94 @@ class Score:
         return self.cross_entropy / self.tokens
 
 
-def evaluate_replacement(dictionary: Dictionary, model: LanguageModel, batches: Iterable[Batch]) -> dict[str, Any]:
+@dataclass
+class Scores:
+    """The scores of one model as it is, and with sites replaced or ablated: each of `sites` alone, and None = all."""
+
+    sites: tuple[str, ...]
+    clean: Score
+    replaced: dict[str | None, Score]
+    ablated: dict[str | None, Score]
+
+    @classmethod
+    def empty(cls, sites: tuple[str, ...]) -> Scores:
+        replaced, ablated = ({v: Score() for v in (None, *sites)} for _ in range(2))
+        return cls(sites, Score(), replaced, ablated)
+
+    def update(
+        self, model: LanguageModel, batch: Batch, original: Tensor, visits: Mapping[str | None, Mapping[str, Visit]]
+    ) -> None:
+        """Add a batch, with the model's clean logits on it and the visits that make each replacement."""
+        self.clean.update(original, original, batch.targets)
+        for variant, replaced in self.replaced.items():
+            names = self.sites if variant is None else (variant,)
+            replaced.update(forward(model, batch, visits[variant]), original, batch.targets)
+            self.ablated[variant].update(forward(model, batch, ablate(names, batch.keep)), original, batch.targets)
+
+    def merge(self, other: Scores) -> None:
+        """Add the windows that another accumulator saw."""
+        assert self.sites == other.sites
+        self.clean.merge(other.clean)
+        for variant in self.replaced:
+            self.replaced[variant].merge(other.replaced[variant])
+            self.ablated[variant].merge(other.ablated[variant])
+
+    def compute(self, variant: str | None, name: str) -> dict[str, float | None]:
+        """The metrics of one variant; `name` says in an error which it was."""
+        return compare(self.clean, self.replaced[variant], self.ablated[variant], name)
+
+
+@dataclass
+class Replacement:
+    """What a replacement model scored on windows of text."""
+
+    scores: Scores
+    inputs: str
+    """Where all sites at once are replaced: "modified" or "clean", as at the top of this file."""
+    windows: int = 0
+
+    def merge(self, other: Replacement) -> None:
+        """Add the windows that another accumulator saw."""
+        self.scores.merge(other.scores)
+        self.windows += other.windows
+
+    def compute(self) -> dict[str, Any]:
+        """tokens (scored), windows, ce_original, replacement_inputs, `all` (every written site at once) and `sites`
+        (each alone): ce_replaced, ce_ablated, ce_recovered (None where ablation changes nothing), kl, kl_ablated,
+        top1_agreement. Raises UserError where no token was scored, or where a cross-entropy is not finite.
+        """
+        check_scored(self.scores.clean.tokens)
+        return {
+            "tokens": self.scores.clean.tokens,
+            "windows": self.windows,
+            "replacement_inputs": self.inputs,
+            "ce_original": self.scores.clean.ce,
+            "all": self.scores.compute(None, "all written sites"),
+            "sites": {site: self.scores.compute(site, site) for site in self.scores.sites},
+        }
+
+
+def check_scored(tokens: int) -> None:
+    """Raises UserError where there is nothing to divide by."""
+    if not tokens:
+        raise UserError("evaluate.windows: no held-out token can be scored; use more windows or a longer text.context")
+
+
+def evaluate_replacement(dictionary: Dictionary, model: LanguageModel, batches: Iterable[Batch]) -> Replacement:
     """Score the replacement model on windows of text.
 
-    `dictionary` is in its inference form, on the device of `model`. Returns tokens (scored), windows, ce_original,
-    replacement_inputs, `all` (every written site at once) and `sites` (each alone): ce_replaced, ce_ablated,
-    ce_recovered (None where ablation changes nothing), kl, kl_ablated, top1_agreement. Raises UserError where no token
-    can be scored, where the model cannot read the windows, or where a cross-entropy is not finite.
+    `dictionary` is in its inference form, on the device of `model`. Raises UserError where the model cannot read the
+    windows.
     """
-    written = dictionary.wiring.written_sites
-    # The key None stands for "every written site at once".
-    variants: list[str | None] = [None, *written]
-    replaced, ablated = {v: Score() for v in variants}, {v: Score() for v in variants}
-    clean, windows = Score(), 0
+    wiring = dictionary.wiring
+    inputs = "modified" if replaceable_in_place(wiring) else "clean"
+    found = Replacement(Scores.empty(tuple(wiring.written_sites)), inputs)
     for batch in batches:
         model.check(batch.tokens)
-        windows += len(batch.tokens)
         original, visits = _clean_run(dictionary, model, batch)
-        clean.update(original, original, batch.targets)
-        for variant in variants:
-            names = written if variant is None else (variant,)
-            replaced[variant].update(forward(model, batch, visits[variant]), original, batch.targets)
-            ablated[variant].update(forward(model, batch, ablate(names, batch.keep)), original, batch.targets)
-    if not clean.tokens:
-        raise UserError("evaluate.windows: no held-out token can be scored; use more windows or a longer text.context")
-    scores = {v: compare(clean, replaced[v], ablated[v], v or "all written sites") for v in variants}
-    return {
-        "tokens": clean.tokens,
-        "windows": windows,
-        "replacement_inputs": "modified" if replaceable_in_place(dictionary.wiring) else "clean",
-        "ce_original": clean.ce,
-        "all": scores[None],
-        "sites": {site: scores[site] for site in written},
-    }
+        found.scores.update(model, batch, original, visits)
+        found.windows += len(batch.tokens)
+    return found
 
 
 @torch.no_grad()

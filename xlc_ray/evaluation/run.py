@@ -1,26 +1,32 @@
-"""The evaluation of one dictionary on held-out activations and text: eval.json, eval_core.json, features.parquet."""
+"""The evaluation of one dictionary on held-out activations and text: eval.json, eval_core.json, features.parquet.
+
+One process measures everything, or several take a share each: what a share holds is sums, which merge.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
+from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import ModelPair, load_models
-from xlc_ray.activations.store import Store, decode
+from xlc_ray.activations.sites import of_base
+from xlc_ray.activations.store import Store
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
-from xlc_ray.evaluation.ablation import ablate_features, sample_features
+from xlc_ray.evaluation.ablation import Effects, Which, ablate_features, sample_features
 from xlc_ray.evaluation.core import CoreWatch, core_metrics
 from xlc_ray.evaluation.features import FeatureWatch, feature_table
+from xlc_ray.evaluation.held_out import WHOLE, Share, held_out_batches, held_out_windows
+from xlc_ray.evaluation.metrics import ReconstructionMetrics
 from xlc_ray.evaluation.model_diff import ModelDiff
-from xlc_ray.evaluation.pair import evaluate_pair
+from xlc_ray.evaluation.pair import PairReplacement, evaluate_pair
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
-from xlc_ray.evaluation.replacement import Batch, evaluate_replacement, prepare
+from xlc_ray.evaluation.replacement import Replacement, evaluate_replacement
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,32 @@ class Measurement:
     """features.parquet: see features.py."""
 
 
+@dataclass
+class Sums:
+    """What one worker saw of the held-out rows and windows. On the CPU, and small: vectors of features and widths."""
+
+    metrics: ReconstructionMetrics
+    features: FeatureWatch
+    core: CoreWatch
+    diff: ModelDiff | None
+    replacement: Replacement | PairReplacement | None
+
+    def merge(self, other: Sums) -> None:
+        """Add what another worker saw, with the same dictionary and settings."""
+        self.metrics.merge(other.metrics)
+        self.features.merge(other.features)
+        self.core.merge(other.core)
+        if self.diff and other.diff:
+            self.diff.merge(other.diff)
+        match self.replacement, other.replacement:
+            case Replacement() as mine, Replacement() as theirs:
+                mine.merge(theirs)
+            case PairReplacement() as mine, PairReplacement() as theirs:
+                mine.merge(theirs)
+            case mine, theirs:
+                assert mine is theirs is None
+
+
 def evaluate(
     dictionary: Dictionary, config: Config, held_out_store: Store, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
@@ -45,57 +77,95 @@ def evaluate(
 def measure(
     dictionary: Dictionary, config: Config, held_out_store: Store, device: str | torch.device = "cpu"
 ) -> Measurement:
-    """Measure a dictionary on held-out tokens: reconstruction and features in one pass, then the replacement model.
+    """Measure a dictionary on held-out tokens, all of them here: `measure_share`, `ablate_share` and `finish`.
 
     eval.json holds the headline numbers and `tokens`, with `sites` (site → metrics), `groups` (list: reads, writes,
     features, l0, dead_features), `feature_density`, `replacement` (None where evaluate.windows is 0; then ce_recovered,
     kl and top1_agreement are None too) and `ablated_features` (see ablation.py; empty where evaluate.ablate_features is
-    0); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and left in its inference form.
-    Raises UserError where the store lacks a site that the dictionary reads or writes, or the text that is to be read.
+    0); of a model-diff crosscoder also `model_diff`. The dictionary moves to `device` and is left in its inference
+    form. Raises UserError where the store lacks a site that the dictionary reads or writes, or the text to be read.
     """
+    sums = measure_share(dictionary, config, held_out_store, device)
+    chosen = ablated_features(config, sums)
+    effects = ablate_share(dictionary, config, held_out_store, device, chosen) if chosen else None
+    return finish(dictionary, sums, effects)
+
+
+def measure_share(
+    dictionary: Dictionary, config: Config, store: Store, device: str | torch.device, share: Share = WHOLE
+) -> Sums:
+    """Reconstruction and features of a share of the rows, in one pass, then the replacement model on its windows.
+
+    Raises UserError as `measure` does, but for what only all the shares together can show, which `finish` looks at.
+    """
+    _check(dictionary, config, store)
     settings, wiring = config.evaluate, dictionary.wiring
-    if lacking := [site for site in wiring.sites if site not in held_out_store.manifest.sites]:
-        known = ", ".join(held_out_store.manifest.sites)
-        raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
-    if settings.windows and not held_out_store.manifest.has_text:
-        raise UserError(f"evaluate.windows: {held_out_store.path} does not know the text of its rows; allowed: 0")
-    if settings.ablate_features and not settings.windows:
-        raise UserError("evaluate.ablate_features: needs the replacement model; set evaluate.windows to more than 0")
     dictionary = dictionary.to(device).eval()
     watch = FeatureWatch.empty(list(dictionary.sizes))
     core = CoreWatch.empty({site: wiring.widths[site] for site in wiring.written_sites})
-    batches = held_out_batches(held_out_store, wiring.sites, settings.batch_tokens, settings.tokens)
     diff = ModelDiff.of(dictionary)
+    batches = held_out_batches(store, wiring.sites, settings.batch_tokens, settings.tokens, share)
     metrics = evaluate_reconstruction(dictionary, batches, [watch, core], diff)
-    replacement, ablated = _predictions(dictionary, config, held_out_store, watch, device)
+    replacement = _replacement(dictionary, config, store, device, share) if settings.windows else None
+    return Sums(metrics, watch, core, diff.sums() if diff else None, replacement)
+
+
+def ablated_features(config: Config, sums: Sums) -> list[Which]:
+    """The features to zero one by one, drawn from those that were active in all the shares together."""
+    return sample_features(sums.features.groups, config.evaluate.ablate_features, config.seed)
+
+
+def ablate_share(
+    dictionary: Dictionary,
+    config: Config,
+    store: Store,
+    device: str | torch.device,
+    chosen: Sequence[Which],
+    share: Share = WHOLE,
+) -> Effects:
+    """What zeroing each of the chosen features does to the predictions of a share of the windows."""
+    settings, model = config.evaluate, load_models(config, dictionary.wiring.sites, device)
+    assert isinstance(model, LanguageModel), "a pair has been refused"
+    windows = held_out_windows(store, settings.batch_windows, settings.windows, device, share)
+    return ablate_features(dictionary.to(device).eval(), model, windows, chosen)
+
+
+def finish(dictionary: Dictionary, sums: Sums, effects: Effects | None) -> Measurement:
+    """The results of all shares merged. Raises UserError where they hold no row or scored token, or are not finite."""
+    metrics = sums.metrics.compute()
+    replacement = sums.replacement.compute() if sums.replacement else None
+    ablated = effects.compute() if effects else []
+    diff = ModelDiff.of(dictionary)
+    if diff and sums.diff:
+        diff.merge(sums.diff)
     return Measurement(
-        _evaluation(dictionary, metrics.compute(), replacement, ablated, diff),
-        core_metrics(dictionary, core, watch.groups, replacement),
-        feature_table(dictionary, watch, metrics.sites),
+        _evaluation(dictionary, metrics, replacement, ablated, diff),
+        core_metrics(dictionary, sums.core, sums.features.groups, replacement),
+        feature_table(dictionary, sums.features, sums.metrics.sites),
     )
 
 
-def _predictions(
-    dictionary: Dictionary, config: Config, store: Store, watch: FeatureWatch, device: str | torch.device
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The replacement model's scores, and the effects of single features if asked for."""
+def _check(dictionary: Dictionary, config: Config, store: Store) -> None:
     settings = config.evaluate
-    if not settings.windows:
-        return None, []
-    model = load_models(config, dictionary.wiring.sites, device)
+    if lacking := [site for site in dictionary.wiring.sites if site not in store.manifest.sites]:
+        known = ", ".join(store.manifest.sites)
+        raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
+    if settings.windows and not store.manifest.has_text:
+        raise UserError(f"evaluate.windows: {store.path} does not know the text of its rows; allowed: 0")
+    if settings.ablate_features and not settings.windows:
+        raise UserError("evaluate.ablate_features: needs the replacement model; set evaluate.windows to more than 0")
+    if settings.ablate_features and any(map(of_base, dictionary.wiring.sites)):
+        raise UserError("evaluate.ablate_features: zeroes features of one model; allowed with base_model: 0")
 
-    def windows() -> Iterator[Batch]:
-        return held_out_windows(store, settings.batch_windows, settings.windows, device)
 
+def _replacement(
+    dictionary: Dictionary, config: Config, store: Store, device: str | torch.device, share: Share
+) -> Replacement | PairReplacement:
+    settings, model = config.evaluate, load_models(config, dictionary.wiring.sites, device)
+    windows = held_out_windows(store, settings.batch_windows, settings.windows, device, share)
     if isinstance(model, ModelPair):
-        if settings.ablate_features:
-            raise UserError("evaluate.ablate_features: zeroes features of one model; allowed with base_model: 0")
-        return evaluate_pair(dictionary, model, windows()), []
-    replacement = evaluate_replacement(dictionary, model, windows())
-    if not settings.ablate_features:
-        return replacement, []
-    chosen = sample_features(watch.groups, settings.ablate_features, config.seed)
-    return replacement, ablate_features(dictionary, model, windows(), chosen).compute()
+        return evaluate_pair(dictionary, model, windows)
+    return evaluate_replacement(dictionary, model, windows)
 
 
 def _evaluation(
@@ -117,35 +187,3 @@ def _evaluation(
         "ablated_features": ablated,
         **({"model_diff": diff.compute()} if diff else {}),
     }
-
-
-def held_out_batches(store: Store, sites: Iterable[str], batch_rows: int, most: int) -> Iterator[dict[str, Tensor]]:
-    """The first `most` rows of a store, in its order, as {site: [at most batch_rows, width]} float32; none dropped."""
-    sites, left = tuple(sites), most
-    for chunk, rows in enumerate(store.chunk_rows):
-        for start in range(0, min(rows, left), batch_rows):
-            stop = min(start + batch_rows, rows, left)
-            found = store.read(chunk, start, stop, sites)
-            yield {site: decode(values, store.manifest.dtype) for site, values in found.items()}
-        left -= min(rows, left)
-
-
-def held_out_windows(store: Store, batch_windows: int, most: int, device: str | torch.device) -> Iterator[Batch]:
-    """The first `most` windows of text behind a store, `batch_windows` at a time.
-
-    Kept are exactly the positions that the store holds as rows.
-    """
-    left = most
-    for chunk in range(len(store.chunk_rows)):
-        if not left:
-            return
-        text = store.windows(chunk)
-        assert text is not None, "a store without text has been refused"
-        keep = torch.zeros(text.windows.tokens.shape, dtype=torch.bool)
-        keep[torch.from_numpy(text.row_window).long(), torch.from_numpy(text.row_position).long()] = True
-        tokens, length = torch.from_numpy(text.windows.tokens), torch.from_numpy(text.windows.length)
-        here = min(len(tokens), left)
-        for start in range(0, here, batch_windows):
-            part = slice(start, min(start + batch_windows, here))
-            yield prepare(tokens[part], length[part], keep[part], device)
-        left -= here

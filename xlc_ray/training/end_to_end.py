@@ -30,7 +30,8 @@ from xlc_ray.activations.splice import Visit, capture, logits_at, substitute
 from xlc_ray.activations.store import Store
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
-from xlc_ray.training.learner import Micro, Terms
+from xlc_ray.training.learner import Micro
+from xlc_ray.training.objective import Terms
 
 
 class EndToEnd:

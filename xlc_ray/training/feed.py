@@ -26,10 +26,10 @@ def shared(
     shards: Shards,
     device: torch.device,
 ) -> Batches:
-    """`count` batches (site → [rows, width], float32, on `device`), equal on all ranks of a replica.
+    """`count` batches (site → [rows, width], on `device`), equal on all ranks of a replica.
 
-    `read` is called on the leader only. `dtype` is the store's: what was stored in it loses nothing on the way. The
-    number of batches is known to all, so no stop flag travels.
+    `read` is called on the leader only. Batches have the store's `dtype` from the disk to the encoder. The number of
+    batches is known to all, so no stop flag travels.
     """
     if shards.group is None and device.type == "cpu":
         yield from read()
@@ -47,7 +47,7 @@ def shared(
             now.record_stream(torch.cuda.current_stream(device))
             if i + 1 < count:
                 ahead = _next(batches, widths, rows, dtype, shards, source, device, side)
-        parts = now.float().split(list(widths.values()), dim=1)
+        parts = now.split(list(widths.values()), dim=1)
         yield dict(zip(widths, parts, strict=True))
 
 
@@ -67,7 +67,7 @@ def _next(
             buffer = torch.empty(rows, sum(widths.values()), dtype=dtype, device=device)
         else:
             batch = next(batches)
-            buffer = torch.cat([batch[s].to(dtype) for s in widths], dim=1)
+            buffer = torch.cat([batch[s] for s in widths], dim=1)
             if side is not None:
                 buffer = buffer.pin_memory().to(device, non_blocking=True)
         if source is not None:

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from xlc_ray.config import Config, UserError
-from xlc_ray.config.training import Sparsity
-from xlc_ray.dictionary import checkpoint, connection, losses, nested
+from xlc_ray.dictionary import checkpoint
 from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.encoding import DeadFeatures, Encoding
-from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.recycling import forget_gradients
 from xlc_ray.training import optimizers
+from xlc_ray.training.objective import Objective, Terms
 from xlc_ray.training.schedules import factor, rewarmed
 
 Batch = Mapping[str, Tensor]
-Terms = dict[str, tuple[float, Tensor, bool]]
-"""Name → (weight, term, whether it is this rank's part of a sum over ranks)."""
 Micro = tuple[Batch, "Callable[[Tensor], Terms] | None"]
 """A micro-batch, and what the reconstruction ŷ [B, W] of it adds to the loss (None: nothing)."""
 
@@ -51,13 +48,7 @@ class Learner:
         self.silent = [torch.zeros_like(g.b_enc, dtype=torch.int64) for g in dictionary.groups]
         self.dead_totals = [0] * len(self.silent)
         self.step = 0
-        widths = [dictionary.wiring.widths[s] for s in dictionary.wiring.written_sites]
-        per_dim = train.loss.scale == "per_dim"
-        self.weights = losses.site_weights(widths, True).to(dictionary.b_dec) if per_dim else None
-        self.auxk = train.loss.auxk.k or max(1, max(widths) // 2) if train.loss.auxk else 0
-        prefixes = train.loss.matryoshka.prefixes if train.loss.matryoshka else ()
-        self.cuts = nested.cuts(prefixes, dictionary.sizes, self.shards) if prefixes else None
-        self.others = connection.others(dictionary, train.loss.connection.run) if train.loss.connection else {}
+        self.objective = Objective(dictionary, config)
 
     # ------------------------------------------------------------ a step
 
@@ -77,7 +68,7 @@ class Learner:
         metrics: dict[str, Tensor] = {}
         for micro, more in micros:
             metrics = self._micro_step(micro, more, fired, measure, metrics)
-        if of_weights := self._weight_terms():
+        if of_weights := self.objective.of_weights():
             torch.stack([weight * term for weight, term, _ in of_weights.values()]).sum().backward()
             metrics |= _named(of_weights) if measure else {}
         self._mean_over_replicas(fired)
@@ -105,14 +96,10 @@ class Learner:
         measure: bool,
         metrics: dict,
     ) -> dict:
-        parts, d = self.config.train.accumulate, self.dictionary
+        parts, d, objective = self.config.train.accumulate, self.dictionary, self.objective
         x, y = d.normalize_inputs(micro), d.normalize_targets(micro)
-        code = d.analyse(x, self._dead(), self._needs_norms(), self._needs_pre())
-        codes = [code.features] + ([code.revived] if code.revived else [])
-        found, norms = d.decode_all(codes, x, code.norms, self.cuts, self._frozen(code))
-        count = len(self.cuts[0]) if self.cuts else 1
-        y_hat = found[count - 1]
-        terms = self._terms(code, norms, found[:count], found[count:], x, y)
+        code = d.analyse(x, self._dead(), objective.needs_norms, objective.needs_pre)
+        terms, y_hat = objective.terms(code, x, y, self.step, self.dead_totals)
         if more:
             terms |= more(self.shards.agreed(y_hat))
         weighted = sum(weight * term for weight, term, _ in terms.values())
@@ -127,88 +114,11 @@ class Learner:
             now = self._measure(code, terms, y_hat, y)
             return {k: metrics.get(k, 0.0) + v / parts for k, v in now.items()}
 
-    def _terms(
-        self,
-        code: Encoding,
-        norms: list[Tensor] | None,
-        prefixes: list[Tensor],
-        others: list[Tensor],
-        x: Tensor,
-        y: Tensor,
-    ) -> Terms:
-        """Name → (weight, term, whether it is this rank's part of a sum over ranks).
-
-        `prefixes`: the reconstructions, of which the last is the whole; `others`: what dead features and the gate's
-        auxiliary loss give, in that order, where they are there."""
-        loss, d, error = self.config.train.loss, self.dictionary, y - prefixes[-1]
-        if loss.matryoshka:
-            fit = losses.of_prefixes(prefixes, y, self.weights, loss.matryoshka.combine == "mean")
-        else:
-            fit = losses.reconstruction(prefixes[-1], y, self.weights)
-        end_to_end = self.config.train.end_to_end
-        terms = {"reconstruction": (end_to_end.reconstruction if end_to_end else 1.0, fit, False)}
-        if (s := loss.sparsity) is not None:
-            weight = s.coefficient * factor(s.schedule, self.step, self.config.train.steps)
-            terms["sparsity"] = (weight, self._sparsity(code, norms, s), s.target_l0 is None)
-        if loss.preactivation:
-            assert code.pre is not None
-            assert norms is not None
-            terms["preactivation"] = (loss.preactivation, losses.preactivation(code.pre, d.gate, norms), True)
-        if code.revived and loss.auxk:
-            dead = min(1.0, sum(self.dead_totals) / (self.auxk * len(self.dead_totals)))
-            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(others[0], error, self.weights), False)
-        if code.revived and loss.ghost:
-            terms["ghost"] = (loss.ghost.coefficient, losses.ghost(others[0], error, self.weights), False)
-        if d.gate.auxiliary:
-            term = losses.reconstruction(others[-1] + d.offset(x).detach(), y, self.weights)
-            terms["auxiliary"] = (d.gate.auxiliary, term, False)
-        return terms
-
-    def _sparsity(self, code: Encoding, norms: list[Tensor] | None, s: Sparsity) -> Tensor:
-        gate, by = self.dictionary.gate, norms if s.decoder_norm else None
-        if s.kind == "l0" and s.target_l0:
-            return losses.l0_to_target(code.features, gate, s.target_l0, self.shards, code.pre)
-        if s.kind == "l0":
-            return losses.l0(code.features, gate, code.pre)
-        penalised = [
-            Features(gate.penalised(f.values, f.pre, g, f.support), f.pre, f.support)
-            for g, f in enumerate(code.features)
-        ]
-        if s.kind == "tanh":
-            return losses.tanh(penalised, by, s.c)
-        if s.kind == "lp":
-            p = losses.exponent(s.p_end, s.p_hold, self.step, self.config.train.steps)
-            return losses.lp(penalised, by, p, self.shards if s.keep_strength else None)
-        return losses.l1(penalised, by)
-
-    def _frozen(self, code: Encoding) -> list[list[Features]]:
-        """The code that the gate's auxiliary loss decodes with a frozen decoder, if it has one."""
-        gate = self.dictionary.gate
-        if not gate.auxiliary:
-            return []
-        values = [gate.auxiliary_values(f.pre, g, f.support) for g, f in enumerate(code.features)]
-        return [[Features(v, f.pre, f.support) for v, f in zip(values, code.features, strict=True)]]
-
-    def _weight_terms(self) -> Terms:
-        """Terms of the weights alone: once a step, whatever the batch."""
-        if (c := self.config.train.loss.connection) is None:
-            return {}
-        return {"connection": (c.coefficient, connection.overlap(self.dictionary, self.others), True)}
-
-    def _needs_pre(self) -> bool:
-        loss = self.config.train.loss
-        counted = loss.sparsity is not None and loss.sparsity.kind == "l0" and self.dictionary.gate.counts_all
-        return counted or loss.preactivation > 0
-
-    def _needs_norms(self) -> bool:
-        loss = self.config.train.loss
-        by_norm = loss.sparsity is not None and loss.sparsity.kind != "l0" and loss.sparsity.decoder_norm
-        return by_norm or loss.preactivation > 0
-
     def _dead(self) -> DeadFeatures | None:
-        if not (self.auxk or self.config.train.loss.ghost) or not sum(self.dead_totals):
+        auxk = self.objective.auxk
+        if not (auxk or self.config.train.loss.ghost) or not sum(self.dead_totals):
             return None
-        return DeadFeatures(self.dead_masks(), self.dead_totals, self.auxk or None)
+        return DeadFeatures(self.dead_masks(), self.dead_totals, auxk or None)
 
     def dead_masks(self) -> list[Tensor]:
         """[F] of each group: which of this rank's features are dead."""
@@ -321,14 +231,15 @@ class Learner:
         for name, p in self.parameters.items():
             optimizers.put(self.optimizer, p, moments[name])
 
-    def save(self, run_dir: str) -> None:
-        """Write a checkpoint of this step (all ranks)."""
+    def save(self, run_dir: str, background: checkpoint.Background | None = None) -> None:
+        """Write a checkpoint of this step (all ranks); with `background` while training goes on, from a copy."""
         facts = {
             "tokens": self.step * self.config.train.batch_tokens,
             "wiring": checkpoint.describe(self.dictionary.wiring),
         }
         moments = self._moments()
-        checkpoint.save(run_dir, self.step, self.state(moments), facts, self.config.train.keep)
+        keep, tensors = self.config.train.keep, self.state(moments)
+        checkpoint.save(run_dir, self.step, tensors, facts, keep, self.shards, background)
         self._take(moments)
 
     def resume(self, run_dir: str, step: int) -> None:
@@ -336,7 +247,7 @@ class Learner:
         if "converted_from" in checkpoint.facts(run_dir, step):
             raise UserError(f"{run_dir}: a converted dictionary, without an optimizer's state; choose another --out")
         moments = self._moments()
-        checkpoint.load(run_dir, step, self.state(moments))
+        checkpoint.load(run_dir, step, self.state(moments), self.shards)
         self._take(moments)
         self.step = step
         dead = torch.stack([mask.sum() for mask in self.dead_masks()])

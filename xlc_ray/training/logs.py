@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -9,6 +10,8 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError
 
 FILE = "metrics.jsonl"
+TAIL_BYTES = 2**18
+"""More than the longest line: a thousand groups take 30 kB."""
 
 
 class Log:
@@ -35,11 +38,22 @@ def read(run_dir: str) -> list[dict[str, Any]]:
     path = files.join(run_dir, FILE)
     if not files.exists(path):
         return []
-    lines: dict[int, dict[str, Any]] = {}
+    lines: list[dict[str, Any]] = []
     for text in files.read_bytes(path).decode().splitlines():
         line = json.loads(text)
-        lines = {step: old for step, old in lines.items() if step < line["step"]} | {line["step"]: line}
-    return list(lines.values())
+        while lines and lines[-1]["step"] >= line["step"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def last(run_dir: str) -> dict[str, Any] | None:
+    """The newest line, which costs the same however long the run is. A line that is being written does not count."""
+    path = files.join(run_dir, FILE)
+    if not files.exists(path):
+        return None
+    whole = files.tail(path, TAIL_BYTES).rpartition(b"\n")[0]
+    return json.loads(whole.rpartition(b"\n")[2]) if whole else None
 
 
 def _start_wandb(config: Config):
@@ -53,13 +67,17 @@ def _start_wandb(config: Config):
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
     name = files.name(config.out)
+    run = f"{name}-{config.seed}"
+    if settings.group:  # names of trials are long, and the same in many sweeps
+        run = hashlib.sha256(f"{config.out}-{config.seed}".encode()).hexdigest()[:16]
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
         mode=settings.mode,
         dir=directory,
         name=name,
-        id=f"{name}-{config.seed}",
+        group=settings.group,
+        id=run,
         resume="allow",
         config=config.model_dump(mode="json"),
     )

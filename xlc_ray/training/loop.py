@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 from xlc_ray import files
 from xlc_ray.activations import order, sites, source, store
 from xlc_ray.config import Config, UserError, load_config_text
-from xlc_ray.dictionary import Shards, Wiring, checkpoint
+from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
+from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
 Reader = Callable[[Wiring, int], Iterator[Mapping[str, Tensor]]]
@@ -31,8 +32,11 @@ FREE = (
     "cluster",
     "evaluate",
     "generate",
+    "source.cache",
+    "source.token_env",
     "train.log_every",
     "train.checkpoint_every",
+    "train.async_checkpoints",
     "train.keep",
     "train.wandb",
 )
@@ -117,18 +121,23 @@ def _differences(before: Config, now: Config) -> tuple[str, Any, Any] | None:
 
 @dataclass
 class Clock:
-    """Tokens per second, and the share of time spent waiting for data, since the last look."""
+    """Tokens per second, time of a step, and the share of time spent waiting for data, since the last look."""
 
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     tokens: int = 0
+    steps: int = 0
 
     def read(self) -> dict[str, float]:
         """Rates since the last call."""
         now = time.perf_counter()
         passed = max(now - self.started, 1e-9)
-        rates = {"tokens_per_s": self.tokens / passed, "data_wait": self.waited / passed}
-        self.started, self.waited, self.tokens = now, 0.0, 0
+        rates = {
+            "tokens_per_s": self.tokens / passed,
+            "step_s": passed / max(self.steps, 1),
+            "data_wait": self.waited / passed,
+        }
+        self.started, self.waited, self.tokens, self.steps = now, 0.0, 0, 0
         return rates
 
 
@@ -139,12 +148,33 @@ def train_rank(
     reader: Reader,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
-    saved: Callable[[int, dict[str, Any]], None],
+    saved: Saved,
+    stepped: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint if there is one. Returns the last metrics.
 
-    Every rank calls `announce` with each line of metrics, and `saved` with the step and the newest metrics when a
-    checkpoint is complete.
+    Every rank calls `announce` with each line of metrics, `saved` when a checkpoint is complete, and `stepped` with the
+    number of each step made.
+    """
+    *_, last = train_in_parts(config, data, shards, reader, device, announce, saved, (), stepped)
+    return last
+
+
+def train_in_parts(
+    config: Config,
+    data: store.Store,
+    shards: Shards,
+    reader: Reader,
+    device: torch.device,
+    announce: Callable[[dict[str, Any]], None],
+    saved: Saved,
+    stops: Collection[int],
+    stepped: Callable[[int], None] = lambda step: None,
+    more: Callable[[Dictionary], dict[str, Any]] = lambda dictionary: {},
+) -> Generator[dict[str, Any], None, None]:
+    """Likewise, one part at a time: the metrics after each of the steps `stops` that are left, and after the last.
+
+    There `more`, called by every rank, adds to the metrics, and a checkpoint is complete. Close it to stop training.
     """
     wiring = wiring_for(config, data)
     dictionary = build(config.dictionary, wiring, config.seed, shards)
@@ -160,15 +190,26 @@ def train_rank(
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:
-        return _steps(config, learner, data, reader, device, log, announce, saved)
+        with Saving(learner, saved) as saving:
+            yield from _steps(config, learner, data, reader, device, log, announce, saving, stops, stepped, more)
     finally:
         if log:
             log.close()
 
 
 def _steps(
-    config: Config, learner: Learner, data: store.Store, reader: Reader, device, log: Log | None, announce, saved
-) -> dict[str, Any]:
+    config: Config,
+    learner: Learner,
+    data: store.Store,
+    reader: Reader,
+    device: torch.device,
+    log: Log | None,
+    announce: Callable[[dict[str, Any]], None],
+    saving: Saving,
+    stops: Collection[int],
+    stepped: Callable[[int], None],
+    more: Callable[[Dictionary], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
     train, first = config.train, learner.step
     steps = _each_step(config, learner, data, reader, device)
     clock, metrics = Clock(), {"step": first, "tokens": first * train.batch_tokens}
@@ -177,21 +218,30 @@ def _steps(
         train_step = next(steps)
         clock.waited += time.perf_counter() - asked
         last = learner.step + 1 == train.steps
+        stop = last or learner.step + 1 in stops
         due = resampled_after(train.resample, learner.step + 1, train.steps) == learner.step + 1
-        measure = last or due or learner.step == first or (learner.step + 1) % train.log_every == 0
+        measure = stop or due or learner.step == first or (learner.step + 1) % train.log_every == 0
         found = train_step(measure)
+        stepped(learner.step)
         if due and found is not None:
             found["resampled"] = resample(learner, lambda: _sample(config, learner, data))
         clock.tokens += train.batch_tokens
+        clock.steps += 1
         if found is not None:
             metrics = {"step": learner.step, "tokens": learner.step * train.batch_tokens, **found, **clock.read()}
+            if stop:
+                metrics |= more(learner.dictionary)
             if log:
                 log.write(metrics)
             announce(metrics)
-        if last or learner.step % train.checkpoint_every == 0:
-            learner.save(config.out)
-            saved(learner.step, metrics)
-    return metrics
+        if stop or learner.step % train.checkpoint_every == 0:
+            saving.save(metrics)
+        saving.check()
+        if stop and not last:
+            saving.finish()
+            yield metrics
+    saving.finish()
+    yield metrics
 
 
 def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Mapping[str, Tensor]]:
@@ -237,7 +287,7 @@ def _each_step(
 def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
     """The whole training job in this process: no cluster, one rank. For small runs, tests and debuggers."""
     prepare(config)
-    data, shards = store.open_store(config.source.path), Shards()
+    data, shards = store.open_source(config.source), Shards()
     if config.source.verify:
         data.verify()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -108,7 +108,7 @@ def _forward(learner: Learner, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 def _loss(learner: Learner, batch: Mapping[str, Tensor]) -> Tensor:
     """[rows] float64: each row's reconstruction loss."""
     _, y, y_hat = _forward(learner, batch)
-    return losses.by_token(y_hat, y, learner.weights).double()
+    return losses.by_token(y_hat, y, learner.objective.weights).double()
 
 
 def _starts(learner: Learner, sample: Sample, own: list[np.ndarray]) -> list[tuple[Tensor, Tensor]]:

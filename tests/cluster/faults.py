@@ -1,0 +1,276 @@
+"""Failures injected into real jobs on a Ray cluster of several nodes, and what becomes of the runs.
+
+    python tests/cluster/faults.py [--json FILE] [--only NAME …]
+
+prints a table, and writes a list of {failure, recovered, parameters_equal, seconds_to_recover, steps_lost}.
+seconds_to_recover: from the failure to the first step (chunk) made after it, the starts of processes included.
+steps_lost: steps that were made again. parameters_equal: to 1e-9, in float64, with a run in one process that nothing
+disturbed; of generation: the bytes of all chunk files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
+
+from tests.activations.build import make
+from tests.cluster.nodes import ROOT, Job, Nodes, actors, wait_for, workers
+from tests.runs import SITES, settings_in
+from xlc_ray.activations import store
+from xlc_ray.config import Config, load_config
+from xlc_ray.dictionary import checkpoint
+from xlc_ray.training import train_alone
+
+STEPS, EVERY = 240, 60
+NODES = 3
+HANG = 20.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of the table."""
+
+    failure: str
+    recovered: bool
+    parameters_equal: bool
+    seconds_to_recover: float
+    steps_lost: int
+
+
+class Stage:
+    """The cluster, a folder, the store, and the result of an undisturbed run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make(folder / "store", [2000, 2000, 823], dtype="float32", sites=SITES)
+        changes = {
+            "train.steps": STEPS,
+            "train.checkpoint_every": EVERY,
+            "train.log_every": 1,
+            "train.precision": "float64",
+            "train.batch_tokens": 48,
+            "cluster.cpus_per_worker": 0.6,
+            "cluster.hang_timeout_s": 120.0,
+        }
+        self.settings = settings_in(folder, changes)
+        self.nodes = Nodes(NODES)
+        self.reference = self.config("undisturbed")
+        train_alone(self.reference)
+
+    def config(self, name: str, **cluster: object) -> Config:
+        """Settings of a run."""
+        changes = {f"cluster.{key}": value for key, value in cluster.items()}
+        return self.settings.override({"out": str(self.folder / name), **changes})
+
+    def train(self, name: str, **cluster: object) -> Job:
+        """A training job, once all nodes are there."""
+        self.nodes.fill(NODES)
+        return Job("train", self.config(name, **cluster), self.nodes)
+
+    def outcome(self, failure: str, job: Job, failed: float, made: int, recovered: float | None = None) -> Outcome:
+        """What became of a run that failed when `made` lines of metrics were there."""
+        recovered = recovered or job.goes_on(made)
+        ended = job.finish() == 0 and checkpoint.steps(job.config.out)[-1:] == [STEPS]
+        again = job.steps()[made - 1] + 1 - job.steps()[made]
+        return Outcome(failure, ended, ended and self.equal(job), round(recovered - failed, 1), again)
+
+    def equal(self, job: Job) -> bool:
+        """Whether the parameters are those of the undisturbed run."""
+        found, wanted = (checkpoint.load_dictionary(c.out)[0].state_dict() for c in (job.config, self.reference))
+        return all((found[name] - value).abs().max() <= 1e-9 for name, value in wanted.items())
+
+
+def worker_killed(stage: Stage) -> Outcome:
+    """SIGKILL to one of two ranks of a replica, between two checkpoints."""
+    job = stage.train("worker", tensor_parallel=2, placement="any")
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    os.kill(workers()[0].pid, signal.SIGKILL)
+    wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
+    return stage.outcome("worker killed in the middle of a step", job, failed, len(job.steps()))
+
+
+def node_killed_with_spare(stage: Stage) -> Outcome:
+    """All processes of a node at once; a third node has room."""
+    job = stage.train("spare", replicas=2)
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    stage.nodes.kill(workers()[0].node_id)
+    wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
+    return stage.outcome("node killed, a spare is there", job, failed, len(job.steps()))
+
+
+def node_killed_without_spare(stage: Stage) -> Outcome:
+    """All processes of one of three nodes: two replicas go on instead of three, three again once a node is back."""
+    job = stage.train("smaller", replicas=NODES, min_replicas=1)
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    stage.nodes.kill(workers()[0].node_id)
+    wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
+    made = len(job.steps())
+    recovered = job.goes_on(made)
+    stage.nodes.fill(NODES)
+    outcome = stage.outcome("node killed, none to spare: fewer replicas, then all", job, failed, made, recovered)
+    assert "room for 2 x 1 workers" in job.output(), job.output()
+    assert "nodes are back" in job.output(), job.output()
+    return outcome
+
+
+def driver_killed(stage: Stage) -> Outcome:
+    """SIGKILL to the driver, then the same command again."""
+    job = stage.train("driver", replicas=2)
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    job.kill()
+    wait_for("the end of its workers", lambda: not workers())
+    made = len(job.steps())
+    return stage.outcome("driver killed, job submitted again", stage.train("driver", replicas=2), failed, made)
+
+
+def checkpoint_cut(stage: Stage) -> Outcome:
+    """SIGKILL to all ranks while a checkpoint's files are there and its marker is not."""
+    job = stage.train("cut", tensor_parallel=2, placement="any", max_failures=9)
+    folder = Path(job.config.out, "checkpoints")
+
+    def torn() -> list[Path]:
+        return [p for p in folder.glob("step_*") if any(p.iterdir()) and not (p / checkpoint.MARKER).exists()]
+
+    made = 0
+    while not torn():  # the marker may have come before the signal: then the next checkpoint
+        job.goes_on(made)
+        ranks = [worker.pid for worker in workers()]
+        wait_for("a checkpoint being written", lambda: checkpoint.steps(job.config.out) and torn(), job, pause=0.0)
+        failed = time.monotonic()
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        wait_for("the end of the ranks", lambda pids=ranks: not any(Path(f"/proc/{pid}/fd").exists() for pid in pids))
+        made = len(job.steps())
+    return stage.outcome("checkpoint cut in the middle of writing", job, failed, made)
+
+
+def store_away(stage: Stage) -> Outcome:
+    """The store's directory is gone until training has stood still for three seconds."""
+    path = stage.folder / "store"
+    job = stage.train("outage", replicas=2)
+    job.at_step(1)
+    failed, away = time.monotonic(), path.with_name("away")
+    path.rename(away)
+    still, seen = time.monotonic(), 0
+    while time.monotonic() - still < 3:
+        if len(job.steps()) != seen:
+            still, seen = time.monotonic(), len(job.steps())
+        assert seen < STEPS, "training has to read more than it had read ahead"
+        time.sleep(0.05)
+    away.rename(path)
+    return stage.outcome("the store's file system fails for some seconds", job, failed, len(job.steps()))
+
+
+def worker_hangs(stage: Stage) -> Outcome:
+    """SIGSTOP to one of two ranks: nothing dies, nothing goes on."""
+    job = stage.train("hang", tensor_parallel=2, placement="any", hang_timeout_s=HANG)
+    job.at_step(EVERY + EVERY // 2)
+    failed = time.monotonic()
+    os.kill(workers()[0].pid, signal.SIGSTOP)
+    wait_for("the worker group's end", lambda: "no step for" in job.output(), job)
+    outcome = stage.outcome(f"worker hangs (hang_timeout_s: {HANG:g})", job, failed, len(job.steps()))
+    assert list(Path(job.config.out, "stacks").rglob("rank_*.txt")), "the rank that waited told its stack"
+    return outcome
+
+
+def model_actor_killed(stage: Stage) -> Outcome:
+    """SIGKILL to the language-model actor after the first chunk."""
+    stage.nodes.fill(NODES)
+    asset = ROOT / "configs/assets"
+    changes = {
+        "model.name": str(asset / "tiny-austen-gpt2-d64"),
+        "text.dataset": str(asset / "austen.txt"),
+        "generate.sites": ["mlp_in.0", "mlp_out.3"],
+        "generate.tokens": 15000,
+        "generate.held_out_tokens": 600,
+        "generate.chunk_tokens": 200,
+        "generate.batch_windows": 1,
+        "cluster.model_actors": 1,
+    }
+    config = load_config(ROOT / "configs/quickstart.yaml", changes)
+    path, undisturbed = stage.folder / "activations", stage.folder / "undisturbed_activations"
+    first = Job("generate", config.override({"source.path": str(undisturbed)}), stage.nodes)
+    assert first.finish() == 0, first.output()
+    job = Job("generate", config.override({"source.path": str(path)}), stage.nodes)
+
+    def made() -> int:
+        return len(list(path.rglob("records/*.json")))
+
+    wait_for("a chunk", made, job)
+    failed, before = time.monotonic(), made()
+    victims = {actor.pid for actor in actors("Harvester")}
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    wait_for("another actor", lambda: {actor.pid for actor in actors("Harvester")} - victims, job)
+    at_hand = made()
+    wait_for("a chunk of the new actor", lambda: made() > at_hand, job)
+    recovered = time.monotonic()
+    ended = job.finish() == 0
+    assert victims, "the actor was killed"
+    assert before < len(chunks(undisturbed)), "in the middle"
+    equal = ended and chunks(path) == chunks(undisturbed) and store.open_store(str(path)).manifest.tokens == 15000
+    return Outcome("language-model actor killed while generating", ended, equal, round(recovered - failed, 1), 0)
+
+
+def chunks(path: Path) -> dict[str, bytes]:
+    """Chunk files of both splits."""
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("chunk_*.hdf5"))}
+
+
+CASES: dict[str, Callable[[Stage], Outcome]] = {
+    case.__name__: case
+    for case in (
+        worker_killed,
+        node_killed_with_spare,
+        node_killed_without_spare,
+        driver_killed,
+        checkpoint_cut,
+        store_away,
+        worker_hangs,
+        model_actor_killed,
+    )
+}
+
+
+def main() -> None:
+    """Run the cases and show the table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", metavar="FILE", help="write the table there too")
+    options.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    given = options.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    stage = Stage(folder)
+    found = []
+    try:
+        for name in given.only:
+            found.append(asdict(CASES[name](stage)))
+            print(json.dumps(found[-1]), flush=True)
+    finally:
+        stage.nodes.close()
+        shutil.rmtree(folder)
+    print("\n| failure | recovered after | steps made again | parameters equal |\n|---|---|---|---|")
+    for o in found:
+        after = f"{o['seconds_to_recover']:.0f} s" if o["recovered"] else "not"
+        print(f"| {o['failure']} | {after} | {o['steps_lost']} | {'yes' if o['parameters_equal'] else 'no'} |")
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+    sys.exit(0 if all(o["recovered"] and o["parameters_equal"] for o in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Which layout the nodes have room for, and where its workers go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.runs import settings_in
+from xlc_ray.cluster.placement import Layout, Node, Place, best, capacity, groups_apart, layouts, place, with_own
+from xlc_ray.config import UserError
+
+
+def nodes(*cpus: float, gpus: float = 0.0) -> list[Node]:
+    return [Node(f"n{i}", f"10.0.0.{i}", c, gpus) for i, c in enumerate(cpus)]
+
+
+def config(**cluster):
+    changes = {"train.batch_tokens": 48, "cluster.cpus_per_worker": 1}
+    return settings_in(Path("/nowhere"), changes | {f"cluster.{key}": value for key, value in cluster.items()})
+
+
+def test_replicas_are_spread_or_packed_and_their_ranks_never_parted():
+    two_by_two = Layout(2, 2)
+    assert place(two_by_two, nodes(4, 4), config().cluster) == ("n0", "n0", "n1", "n1")
+    assert place(two_by_two, nodes(4, 4), config(placement="pack").cluster) == ("n0",) * 4
+    assert place(two_by_two, nodes(8, 4), config(placement="pack").cluster) == ("n1",) * 4
+    # Room for four workers, but not for two pairs.
+    assert place(two_by_two, nodes(1, 3), config().cluster) is None
+    assert Counter(place(two_by_two, nodes(1, 3), config(placement="any").cluster)) == {"n0": 1, "n1": 3}
+
+
+def test_fractions_of_cpus_and_gpus_bound_what_a_node_holds():
+    tenths = config(cpus_per_worker=0.1).cluster
+    assert capacity(Node("n", "a", 0.7 - 0.1, 0), tenths) == 6  # 0.6 in floating point is a bit less
+    halves = config(cpus_per_worker=1, gpus_per_worker=0.5).cluster
+    assert capacity(Node("n", "a", 64, 2), halves) == 4
+    assert capacity(Node("n", "a", 3, 2), halves) == 3
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 6),
+       st.sampled_from(["spread", "pack", "any"]))  # fmt: skip
+def test_a_place_is_found_exactly_where_there_is_one(cpus, ranks, replicas, placement):
+    cluster = config(placement=placement).cluster
+    found = place(Layout(ranks, replicas), nodes(*cpus), cluster)
+    slots = sum(cpus) // ranks if placement == "any" else sum(c // ranks for c in cpus)
+    assert (found is not None) == (slots >= replicas)
+    if found:
+        held = Counter(found)
+        assert all(held[f"n{i}"] <= c for i, c in enumerate(cpus))
+        assert len(found) == ranks * replicas
+        if placement != "any":
+            assert groups_apart(found, ranks) == []
+        if placement == "spread":  # no node has two replicas more than one that had room for another
+            loads = [(held[f"n{i}"] // ranks, c // ranks) for i, c in enumerate(cpus)]
+            assert all(a <= b + 1 for a, _ in loads for b, room in loads if b < room)
+
+
+def test_groups_that_span_nodes_are_named():
+    assert groups_apart(["a", "a", "b", "b"], 2) == []
+    assert groups_apart(["a", "b", "b", "b"], 2) == [0]
+    assert groups_apart(["a", "b", "c"], 1) == []
+
+
+def test_smaller_layouts_follow_in_the_order_of_the_settings():
+    assert layouts(config(tensor_parallel=2, replicas=4)) == [Layout(2, 4)]
+    found = layouts(config(tensor_parallel=4, replicas=6, min_replicas=2, fallback_tensor_parallel=[2]))
+    # 5 replicas do not divide 48 rows.
+    assert found == [Layout(t, r) for t in (4, 2) for r in (6, 4, 3, 2)]
+
+
+def test_the_first_layout_with_room_is_taken_and_a_larger_one_is_seen_when_nodes_are_back():
+    elastic = config(tensor_parallel=2, replicas=3, min_replicas=1, fallback_tensor_parallel=[1])
+    assert best(elastic, nodes(2, 2, 2)).layout == Layout(2, 3)
+    assert best(elastic, nodes(2, 2)).layout == Layout(2, 2)
+    assert best(elastic, nodes(1, 1)).layout == Layout(1, 2)
+    assert best(elastic, nodes(0.5)) is None
+    # Two replicas run and hold all; then a third node comes.
+    held = Counter({"n0": 2, "n1": 2})
+    assert best(elastic, nodes(0, 0, 2)).layout == Layout(2, 1)
+    assert best(elastic, with_own(nodes(0, 0, 2), held, elastic.cluster)) == Place(
+        Layout(2, 3), ("n0", "n0", "n1", "n1", "n2", "n2")
+    )
+
+
+def test_impossible_bounds_are_one_line():
+    with pytest.raises(UserError, match=r"cluster\.min_replicas: 3 exceeds cluster\.replicas = 2"):
+        config(replicas=2, min_replicas=3)
+    with pytest.raises(UserError, match=r"cluster\.fallback_tensor_parallel: 32 ranks cannot share"):
+        config(fallback_tensor_parallel=[2, 32])

@@ -1,0 +1,59 @@
+"""The frontier and the excess over it, against brute force and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlc_ray.sweeps.frontier import excesses, pareto, scores
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+def metrics(l0, fvu):
+    return {"l0": l0, "fvu": fvu}
+
+
+@given(points)
+def test_pareto_is_what_no_other_equals_or_beats(found):
+    front = pareto(found)
+    for i, (x, y) in enumerate(found):
+        beaten = any(a <= x and b <= y and ((a, b) != (x, y) or j < i) for j, (a, b) in enumerate(found) if j != i)
+        assert (i in front) == (not beaten)
+    assert [found[i][0] for i in front] == sorted(found[i][0] for i in front)
+
+
+def test_excess_is_fvu_at_matched_l0():
+    front = [(16, 0.4), (64, 0.2)]
+    found = excesses([*front, (16, 0.44), (32, 0.4), (256, 0.2), (256, 0.3), (65, math.nan), (math.inf, 0.1)])
+    assert found[:2] == [0, 0]
+    assert found[2] == pytest.approx(math.log(1.1))
+    # Between two points: the straight line in logarithms, 0.4 / sqrt 2 at l0 = 32. Beyond the last: as at the last.
+    assert found[3] == pytest.approx(math.log(math.sqrt(2)))
+    assert found[4:] == [0, pytest.approx(math.log(1.5)), math.inf, math.inf]
+
+
+@given(points)
+def test_none_is_behind_itself_and_the_frontier_is_never_behind(found):
+    behind = excesses([(x + 1, y + 1) for x, y in found])
+    assert min(behind) >= 0
+    assert all(behind[i] == 0 for i in pareto(found))
+
+
+@given(st.floats(0.2, 0.8), st.floats(1.01, 3), st.lists(st.integers(1, 500), min_size=2, max_size=8, unique=True))
+def test_trials_are_judged_alike_wherever_they_lie(slope, factor, l0s):
+    """No sparsity is preferred: the same share more fvu than the curve is the same excess everywhere."""
+    curve = {str(l0): metrics(l0, 0.9 * l0**-slope) for l0 in l0s}
+    for found in curve.values():
+        behind = scores("frontier", curve | {"new": metrics(found["l0"], factor * found["fvu"])})
+        assert behind.pop("new") == pytest.approx(math.log(factor))
+        assert set(behind.values()) == {0}
+
+
+def test_other_metrics_count_as_they_are_with_their_direction():
+    found = {"a": {"fvu": 0.1, "explained_variance": 0.9}, "b": {"fvu": 0.2, "explained_variance": None}}
+    assert scores("fvu", found) == {"a": 0.1, "b": 0.2}
+    assert scores("explained_variance", found) == {"a": -0.9, "b": math.inf}

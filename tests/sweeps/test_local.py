@@ -1,0 +1,167 @@
+"""Sweeps in one process: trials are ordinary runs, judged at rungs, resumed where they stood, failed with a reason."""
+
+from __future__ import annotations
+
+import json
+import re
+from unittest.mock import MagicMock
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+import wandb
+
+import xlc_ray as xlc
+from tests.runs import small_run_in
+from tests.sweeps.make import sweep_in
+from xlc_ray import evaluation, files
+from xlc_ray.activations.store import open_store
+from xlc_ray.cluster.sweep import dry_run, sweep
+from xlc_ray.config import UserError
+from xlc_ray.dictionary.checkpoint import load_dictionary, steps
+from xlc_ray.sweeps import local
+from xlc_ray.training import train_alone
+
+GATES = {
+    "dictionary.gate": {"choice": [{"kind": "batchtopk", "k": 3, "threshold_start": 3}, {"kind": "topk", "k": 2}]},
+    "train.lr": {"choice": [0.01, 0.003]},
+}
+ASHA = {"grace": 4, "reduction": 2}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(**sections) → the path of a sweep's file."""
+
+    def write(**sections):
+        (tmp_path / "sweep.yaml").write_text(sweep_in(tmp_path, **sections).yaml())
+        return str(tmp_path / "sweep.yaml")
+
+    return write
+
+
+def test_each_trial_is_the_run_that_training_it_alone_gives(written, tmp_path):
+    found = sweep(written(space=GATES), local=True)
+    frame = found.frame()
+    assert list(frame["trial"]) == ["batchtopk,lr=0.01", "batchtopk,lr=0.003", "topk,lr=0.01", "topk,lr=0.003"]
+    assert set(frame["state"]) == {"finished"}
+    alone = small_run_in(tmp_path)({"train.precision": "float64", "dictionary.gate": {"kind": "topk", "k": 2}})
+    train_alone(alone)
+    out = frame["out"][2]
+    mine, config = load_dictionary(out)
+    for name, value in load_dictionary(alone.out)[0].state_dict().items():
+        assert torch.equal(mine.state_dict()[name], value), name
+    # What the frame says is what evaluation finds on the same tokens.
+    held_out = open_store(files.join(config.source.path, "held_out"))
+    measured = evaluation.evaluate(mine, config.override({"evaluate.windows": 0}), held_out)
+    assert frame["fvu"][2] == pytest.approx(measured["fvu"], rel=1e-5)
+    assert frame["l0"][2] == measured["l0"]
+
+
+def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
+    found = sweep(written(space=GATES, asha=ASHA), local=True)
+    frame = found.frame()
+    assert set(frame["state"]) == {"finished", "stopped"}
+    for row in frame.itertuples():
+        assert steps(row.out)[-1] == row.step
+        assert (row.state == "finished") == (row.step == 12)
+    told = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert (told["trials"], told["failed"], told["rungs"]) == (4, 0, [4, 8])
+    assert told["share_of_full_steps"] == frame["step"].sum() / 48
+    assert told["pareto_points"] == len(found.pareto())
+    metrics = pq.read_table(tmp_path / "sweep/metrics.parquet").to_pandas()
+    last = metrics.dropna(subset="held_out/fvu").groupby("trial")["held_out/fvu"].last()
+    pd.testing.assert_series_equal(last, frame.set_index("trial")["fvu"].sort_index(), check_names=False)
+
+
+def test_a_sweep_that_was_killed_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
+    path = written(space=GATES, asha=ASHA)
+    whole = sweep(path, local=True).frame()
+    calls, real = [], local.TrialRank.measure
+
+    def killed(self, dictionary):
+        calls.append(self.config.out)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, dictionary)
+
+    monkeypatch.setattr(local.TrialRank, "measure", killed)
+    again = str(tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path, {"out": again}, local=True)
+    assert set(xlc.Sweep(again).frame()["state"]) >= {"waiting", "running"}
+    monkeypatch.undo()
+    trained = []
+    monkeypatch.setattr(local.TrialRank, "advance", lambda self: trained.append(self.config.out) or next(self.parts))
+    resumed = sweep(resume=again, local=True).frame()
+    pd.testing.assert_frame_equal(resumed.drop(columns="out"), whole.drop(columns="out"))
+    assert calls[0] not in trained, "the first trial had finished"
+    assert trained
+
+
+def test_a_trial_that_diverges_is_failed_and_the_others_go_on(written):
+    found = sweep(written(space={"train.lr": {"choice": [1e300, 0.01]}}), local=True)
+    frame = found.frame()
+    assert list(frame["state"]) == ["failed", "finished"]
+    assert "gradient norm" in frame["error"][0]
+    assert list(found.pareto()["trial"]) == ["lr=0.01"]
+
+
+def test_a_directory_holds_one_sweep(written, tmp_path):
+    path = written()
+    sweep(path, local=True, limit=1)
+    assert len(sweep(path, {"search.max_concurrent": 1}, local=True).frame()) == 2
+    with pytest.raises(UserError, match=r"holds a sweep with other settings \(base\.seed: 0, now 1\)"):
+        sweep(path, {"base.seed": 1}, local=True)
+    with pytest.raises(UserError, match=r"nowhere: no sweep\.yaml here"):
+        sweep(resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="give either --config FILE or --resume DIR"):
+        sweep()
+
+
+def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):
+    space = {
+        "dictionary.gate": {"choice": [{"kind": "topk", "k": 2}, {"kind": "relu"}]},
+        "dictionary.gate.k": {"randint": [1, 4], "when": {"dictionary.gate.kind": "topk"}},
+        "train.lr": {"loguniform": [0.001, 0.1]},
+    }
+    path = written(space=space, search={"kind": "optuna", "num_samples": 5})
+    assert any("6 corners" in line for line in dry_run(path, None, None, None))
+    first = sweep(path, local=True, limit=3).frame()
+    whole = sweep(path, local=True).frame()
+    assert len(first) == 3
+    assert list(whole["trial"][:3]) == list(first["trial"])
+    assert len(set(whole["trial"])) == 5
+    assert whole["fvu"].notna().all()
+    used_up = {"train.lr": {"choice": [0.01, 0.02]}}
+    path = written(space=used_up, search={"kind": "optuna", "num_samples": 9, "metric": "fvu"}, out=str(tmp_path / "b"))
+    assert len(sweep(path, local=True).frame()) == 2
+
+
+def test_dry_run_names_every_trial_and_starts_nothing(written, tmp_path):
+    lines = list(dry_run(written(space=GATES, asha=ASHA), {"override.cluster.replicas": 2}, 3, None))
+    assert len(lines) == 4
+    assert lines[0].startswith("batchtopk,lr=0.01   2 workers, 1 CPU   ")
+    assert lines[-1] == "3 trials, 36 steps if none is cut short, cut at 4, 8; nothing was started"
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_store_without_held_out_rows_is_refused(written, tmp_path):
+    path = written()
+    files.remove(str(tmp_path / "store/held_out"))
+    with pytest.raises(UserError, match="has no held-out part"):
+        sweep(path, local=True)
+
+
+def test_wandb_gets_a_group_a_sweep_and_a_run_a_trial(written, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(given) or MagicMock())
+    path = written(changes={"train.wandb": {"project": "tests"}})
+    for out in ("one", "two"):
+        sweep(path, {"out": str(tmp_path / out)}, local=True)
+    assert [(run["group"], run["name"]) for run in runs] == [
+        (group, name) for group in ("one", "two") for name in ("lr=0.01", "lr=0.003")
+    ]
+    assert len({run["id"] for run in runs}) == 4
+    assert all(re.fullmatch(r"\w{1,64}", run["id"]) for run in runs)

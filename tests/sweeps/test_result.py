@@ -1,0 +1,96 @@
+"""What a sweep answers from its directory: the frame, the frontier, the best at a sparsity, the picture, the table."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict
+
+import pytest
+
+import xlc_ray as xlc
+from xlc_ray import files
+from xlc_ray.config import UserError
+from xlc_ray.sweeps.board import Row
+from xlc_ray.sweeps.table import Table
+
+POINTS = {"a": (16, 0.4), "b": (64, 0.2), "c": (30, 0.5), "d": (256, 0.1)}
+
+
+def row(name, l0=None, fvu=None, **more):
+    metrics = {} if l0 is None else {"l0": l0, "fvu": fvu, "explained_variance": 1 - fvu}
+    settings = {"dictionary.gate.kind": "topk", "train.lr": 0.1}
+    return Row(**{"trial": name, "state": "finished", "step": 9, "steps": 9, "settings": settings, "metrics": metrics,
+                  "out": f"trials/{name}"} | more)  # fmt: skip
+
+
+@pytest.fixture
+def found(tmp_path):
+    rows = [row(name, *point) for name, point in POINTS.items()]
+    rows.append(row("e", settings={"seed": 3}, state="failed", error="no <memory>"))
+    counts = {"trials": 5, "finished": 4, "stopped": 0, "failed": 1, "share_of_full_steps": 0.9}
+    files.write_json(f"{tmp_path}/sweep.json", counts | {"rows": [asdict(r) for r in rows]})
+    return xlc.Sweep(str(tmp_path))
+
+
+def test_a_frame_has_a_row_a_trial_and_a_column_a_setting(found):
+    frame = found.frame().set_index("trial")
+    assert list(frame.index) == ["a", "b", "c", "d", "e"]
+    assert frame.loc["a", "train.lr"] == 0.1
+    assert math.isnan(frame.loc["e", "train.lr"])
+    assert (frame.loc["e", "seed"], frame.loc["e", "error"]) == (3, "no <memory>")
+    assert frame.loc["b", "out"].endswith("/trials/b")
+
+
+def test_the_frontier_of_any_two_metrics(found):
+    assert list(found.pareto()["trial"]) == ["a", "b", "d"]
+    assert list(found.pareto("l0", "explained_variance")["trial"]) == ["a", "b", "d"]
+    with pytest.raises(UserError, match="'loss' is not measured by sweeps; allowed: fvu"):
+        found.pareto("l0", "loss")
+
+
+def test_the_best_says_how_it_was_found(found):
+    assert (found.best("fvu").trial, found.best("fvu").how) == ("d", "measured")
+    between = found.best("fvu", at={"l0": 32})
+    assert (between.trial, between.how) == ("b", "interpolated")
+    assert between.value == pytest.approx(0.4 / math.sqrt(2))
+    assert between.metrics["fvu"] == 0.2
+    assert found.best("fvu", at={"l0": 64}).how == "measured"
+    beyond = found.best("fvu", at={"l0": 1000})
+    assert (beyond.trial, beyond.how, beyond.at, beyond.value) == ("d", "nearest", {"l0": 256}, 0.1)
+    assert found.best("explained_variance", at={"l0": 16}).value == 0.6
+    with pytest.raises(UserError, match="give one metric"):
+        found.best("fvu", at={"l0": 1, "fvu": 2})
+
+
+def test_the_page_shows_every_measured_trial_and_escapes_words(found, tmp_path):
+    page = (tmp_path / found.plot(str(tmp_path / "frontier.html"))).read_text()
+    assert page.count("<circle") == 4
+    assert page.count('class="dot best"') == 3
+    assert "<memory>" not in page
+    assert "train.lr = 0.1" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_directory_without_a_sweep_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected the directory of a sweep"):
+        xlc.Sweep(str(tmp_path))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_table_redraws_what_runs_on_a_terminal_and_adds_lines_elsewhere():
+    done, one, two = row("a", 16, 0.4), row("longer", state="running", step=0), row("b", 8, 0.6, state="running")
+    screen, log = Terminal(), io.StringIO()
+    for stream in (screen, log):
+        table = Table(stream)
+        for changed in (one, two, done):
+            table(changed, [done, one, two] if changed is done else [one, two])
+    lines = screen.getvalue().splitlines()
+    assert [line.count("\x1b[2A\x1b[J") for line in lines] == [0, 0, 1, 0, 1, 0, 0]
+    assert "a             9/9   fvu 0.4000   l0   16.0   finished" in lines[4]
+    assert [line.split()[0] for line in lines[5:]] == ["longer", "b"]
+    assert log.getvalue().splitlines() == [table.line(two), table.line(done)]

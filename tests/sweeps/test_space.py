@@ -1,0 +1,135 @@
+"""Which trials a space holds: order, conditions, draws, names, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.config.tree import ROOT
+from tests.sweeps.make import sweep
+from xlc_ray.config import UserError, load_config
+from xlc_ray.sweeps import space
+
+BASE = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
+GATES = {
+    "dictionary.gate": {"choice": [{"kind": "topk", "k": 8}, {"kind": "batchtopk", "k": 8}, {"kind": "relu"}]},
+    "dictionary.gate.k": {"choice": [8, 16], "when": {"dictionary.gate.kind": ["topk", "batchtopk"]}},
+}
+
+
+def changes(**sections):
+    return [trial.changes for trial in space.trials(sweep(BASE, **sections))]
+
+
+def test_a_grid_is_nested_loops_in_the_order_of_the_file():
+    found = changes(space={"train.lr": {"choice": [0.1, 0.2]}, "seed": {"grid": [3, 1, 2]}})
+    assert [(c["train.lr"], c["seed"]) for c in found] == [(0.1, 3), (0.1, 1), (0.1, 2), (0.2, 3), (0.2, 1), (0.2, 2)]
+
+
+def test_cases_are_outermost_and_set_what_belongs_together():
+    cases = [{"train.lr": 0.1, "train.batch_tokens": 512}, {"train.lr": 0.2}]
+    found = changes(cases=cases, space={"seed": {"choice": [0, 1]}})
+    assert found == [case | {"seed": seed} for case in cases for seed in (0, 1)]
+
+
+def test_a_conditional_axis_varies_only_where_it_applies():
+    trials = space.trials(sweep(BASE, space=GATES))
+    gates = [(t.config.dictionary.gate.kind, getattr(t.config.dictionary.gate, "k", None)) for t in trials]
+    assert gates == [("topk", 8), ("topk", 16), ("batchtopk", 8), ("batchtopk", 16), ("relu", None)]
+    assert [t.name for t in trials] == ["topk,k=8", "topk,k=16", "batchtopk,k=8", "batchtopk,k=16", "relu"]
+
+
+def test_the_first_trials_are_kept():
+    axes = {"train.lr": {"choice": [0.1, 0.2]}, "seed": {"choice": list(range(50))}}
+    assert changes(space=axes, search={"max_trials": 3}) == changes(space=axes)[:3]
+
+
+def test_every_trial_is_a_run_of_its_own_below_the_sweep():
+    trials = space.trials(
+        sweep(BASE, space={"train.lr": {"choice": [0.1, 0.2]}}, override={"train.wandb.project": "p"})
+    )
+    assert [t.config.out for t in trials] == ["runs/sweep/trials/lr=0.1", "runs/sweep/trials/lr=0.2"]
+    assert {t.config.train.wandb.group for t in trials} == {"sweep"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.floats(1e-6, 1.0), st.floats(1.01, 1e4), st.sampled_from(["uniform", "loguniform"]))
+def test_draws_stay_within_their_range(seed, low, factor, kind):
+    axes = {"train.lr": {kind: [low, low * factor]}, "train.batch_tokens": {"randint": [2, 5]}}
+    one = sweep(BASE, space=axes, search={"kind": "random", "num_samples": 4, "seed": seed})
+    found = space.trials(one)
+    assert len(found) == 4
+    assert all(low <= t.config.train.lr <= low * factor for t in found)
+    assert {t.config.train.batch_tokens for t in found} <= {2, 3, 4, 5}
+
+
+def test_draws_repeat_with_their_seed_and_more_samples_continue_them():
+    axes = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "seed": {"choice": [1, 2]}}
+
+    def draw(number, seed):
+        return changes(space=axes, search={"kind": "random", "num_samples": number, "seed": seed})
+
+    assert draw(3, 0) == draw(8, 0)[:3] != draw(3, 1)
+    logs = [math.log10(c["train.lr"]) for c in draw(300, 0)]
+    assert sum(log < -2.5 for log in logs) / 300 == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_sample_runs_once_at_every_point_of_the_grid_axes():
+    axes = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "seed": {"grid": [1, 2, 3]}}
+    found = changes(space=axes, search={"kind": "random", "num_samples": 4})
+    assert [c["seed"] for c in found] == [1, 2, 3] * 4
+    assert len({c["train.lr"] for c in found}) == 4
+
+
+def test_random_choices_do_not_repeat_and_say_when_the_space_is_used_up():
+    axes = {"train.lr": {"choice": [0.1, 0.2]}, "seed": {"choice": [1, 2]}}
+    found = changes(space=axes, search={"kind": "random", "num_samples": 4})
+    assert len({tuple(c.items()) for c in found}) == 4
+    with pytest.raises(UserError, match="num_samples: 5, but the space holds 4 different points"):
+        changes(space=axes, search={"kind": "random", "num_samples": 5})
+
+
+def test_two_points_of_the_same_settings_are_refused():
+    same = [{"train.lr": 0.1}, {"train.lr": 0.1, "seed": BASE["seed"]}]
+    with pytest.raises(UserError, match="repeats the settings"):
+        changes(cases=same)
+
+
+def test_a_grid_point_that_cannot_run_is_one_line_with_the_point():
+    with pytest.raises(UserError, match=r"space: dictionary\.gate\.k=4096: dictionary\.gate") as error:
+        changes(space={"dictionary.gate.k": {"choice": [8, 4096]}}, override={"dictionary.gate.pool": "group"})
+    assert "\n" not in str(error.value)
+
+
+def test_corners_are_all_combinations_of_ends_and_choices():
+    axes = {"train.lr": {"uniform": [0.1, 0.2]}, "cluster.tensor_parallel": {"randint": [1, 2048]}}
+    one = sweep(BASE, space={"train.lr": axes["train.lr"]}, search={"kind": "random", "num_samples": 1})
+    assert [t.config.train.lr for t in space.corners(one)] == [0.1, 0.2]
+    with pytest.raises(UserError, match=r"train\.lr=0\.1, cluster\.tensor_parallel=2048: cluster\.tensor_parallel"):
+        space.corners(sweep(BASE, space=axes, search={"kind": "random", "num_samples": 1}))
+
+
+def test_names_tell_trials_apart():
+    axes = {
+        "dictionary.gate": {"choice": [{"kind": "topk", "k": 8}, {"kind": "topk", "k": 16}, {"kind": "relu"}]},
+        "train.lr_schedule.warmup": {"choice": [0.0, 0.1]},
+        "train.optimizer.betas": {"choice": [[0.9, 0.99], [0.8, 0.9]]},
+    }
+    names = [t.name for t in space.trials(sweep(BASE, space=axes))]
+    assert names[0] == "topk,k=8,warmup=0,betas=0.9+0.99"
+    assert names[-1] == "relu,warmup=0.1,betas=0.8+0.9"
+    assert len(set(names)) == 12
+    assert all(len(name) <= space.LONGEST_NAME for name in names)
+
+
+def test_names_that_would_be_equal_or_too_long_get_a_hash():
+    close = space.trials(sweep(BASE, space={"train.lr": {"choice": [0.1, 0.1 + 1e-9]}}))
+    assert len({t.name for t in close}) == 2
+    path = {"generic/" * 30: 1}
+    gates = [{"kind": "custom", "path": "a:b", "options": o} for o in (path, {**path, "x": 2})]
+    long = space.trials(sweep(BASE, space={"dictionary.gate": {"choice": gates}}))
+    assert len({t.name for t in long}) == 2
+    assert all(len(t.name) <= space.LONGEST_NAME and "/" not in t.name for t in long)

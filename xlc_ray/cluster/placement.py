@@ -1,0 +1,130 @@
+"""Which layout of a run the nodes have room for, and on which node each of its workers goes.
+
+A layout is tensor_parallel × replicas workers, a group of tensor_parallel workers being a replica. Pure functions of
+what the nodes have; only `nodes_now` asks the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import available_resources_per_node  # Ray tells what is free by node nowhere else
+
+from xlc_ray.config import Cluster, Config
+
+FULL = 1e-9  # fractions of CPUs add up to a whole only nearly
+
+
+@dataclass(frozen=True)
+class Layout:
+    """So many ranks a replica, and so many replicas."""
+
+    tensor_parallel: int
+    replicas: int
+
+    @property
+    def workers(self) -> int:
+        """All ranks."""
+        return self.tensor_parallel * self.replicas
+
+    def __str__(self) -> str:
+        return f"{self.replicas} x {self.tensor_parallel} workers"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive: its id, its address, and CPUs and GPUs, all of them or those that are free."""
+
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layout, and the id of the node of each worker. Workers of a node stand together, those of a replica too."""
+
+    layout: Layout
+    nodes: tuple[str, ...]
+
+
+def layouts(config: Config) -> list[Layout]:
+    """What the settings allow, the wanted one first: fewer replicas, then fewer or other ranks a replica.
+
+    Replicas divide the batch, so that every layout takes the same steps on the same rows."""
+    cluster, train = config.cluster, config.train
+    least = cluster.min_replicas or cluster.replicas
+    replicas = [r for r in range(cluster.replicas, least - 1, -1) if train.batch_tokens % (r * train.accumulate) == 0]
+    ranks = dict.fromkeys((cluster.tensor_parallel, *cluster.fallback_tensor_parallel))
+    return [Layout(t, r) for t in ranks for r in replicas]
+
+
+def best(config: Config, nodes: Sequence[Node]) -> Place | None:
+    """The first layout that the nodes have room for; None where there is room for none."""
+    for layout in layouts(config):
+        if found := place(layout, nodes, config.cluster):
+            return Place(layout, found)
+    return None
+
+
+def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str, ...] | None:
+    """A node for each worker, or None where there is no room.
+
+    A replica goes to one node: `spread` takes the node with the fewest replicas, `pack` the one with the least room.
+    Only with `any` may a replica span nodes, where no node has room for a whole one."""
+    room = {node.id: capacity(node, cluster) for node in nodes}
+    held = dict.fromkeys(room, 0)
+    for _ in range(layout.replicas):
+        fitting = [n for n in room if room[n] >= layout.tensor_parallel]
+        if fitting and cluster.placement == "spread":
+            taken = [min(fitting, key=lambda n: (held[n], -room[n]))] * layout.tensor_parallel
+        elif fitting:
+            taken = [min(fitting, key=lambda n: room[n])] * layout.tensor_parallel
+        elif cluster.placement == "any" and sum(room.values()) >= layout.tensor_parallel:
+            widest = sorted(room, key=lambda n: -room[n])
+            taken = [n for n in widest for _ in range(room[n])][: layout.tensor_parallel]
+        else:
+            return None
+        for n in taken:
+            room[n] -= 1
+            held[n] += 1
+    return tuple(n for n, count in held.items() for _ in range(count))
+
+
+def capacity(node: Node, cluster: Cluster) -> int:
+    """Workers that find room on a node."""
+    found = int(node.cpus / cluster.cpus_per_worker + FULL)
+    return min(found, int(node.gpus / cluster.gpus_per_worker + FULL)) if cluster.gpus_per_worker else found
+
+
+def with_own(nodes: Sequence[Node], own: Mapping[str, int], cluster: Cluster) -> list[Node]:
+    """Free nodes, with what a run's own workers hold ({node id: workers}) counted as free."""
+    return [
+        Node(
+            n.id,
+            n.address,
+            n.cpus + own.get(n.id, 0) * cluster.cpus_per_worker,
+            n.gpus + own.get(n.id, 0) * cluster.gpus_per_worker,
+        )
+        for n in nodes
+    ]
+
+
+def groups_apart(nodes: Sequence[str], tensor_parallel: int) -> list[int]:
+    """Replicas whose ranks are not on one node, given each rank's node."""
+    groups = [nodes[i : i + tensor_parallel] for i in range(0, len(nodes), tensor_parallel)]
+    return [replica for replica, group in enumerate(groups) if len(set(group)) > 1]
+
+
+def nodes_now(free: bool) -> list[Node]:
+    """The nodes that are alive, with all that they have, or only what nobody holds."""
+    left = available_resources_per_node() if free else None
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"] if left is None else left.get(node["NodeID"], {})
+            found.append(Node(node["NodeID"], node["NodeManagerAddress"], have.get("CPU", 0.0), have.get("GPU", 0.0)))
+    return found

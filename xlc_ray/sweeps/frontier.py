@@ -1,0 +1,76 @@
+"""Sparsity against fidelity: which trials no other beats, and how far the rest lie behind.
+
+The *frontier* of points (l0, fvu) are those that no other point equals or beats in both. Between its points it is read
+off a straight line in (log l0, log fvu); beyond its last, more features are taken to give nothing more. The *excess* of
+a trial is fvu at matched l0,
+
+    excess = log fvu - log (the frontier's fvu at the trial's l0)
+
+which is 0 on the frontier, and log 1.1 where the trial's fvu is 10 % more than the frontier's at the same l0. Nothing
+in it says how much l0 an fvu is worth: a sparse trial is behind only if others do better at its own sparsity.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+
+Metrics = Mapping[str, float | None]
+Point = tuple[float, float]
+HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio", "ce_recovered", "top1_agreement")
+SMALL = 1e-9
+
+
+def cost(name: str, metrics: Metrics) -> float:
+    """A metric as something to make small; infinite where it has no finite value."""
+    value = metrics.get(name)
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return -value if name in HIGHER_IS_BETTER else value
+
+
+def pareto(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other equals or beats in both coordinates, by rising x. Of equals, the first."""
+    found, least = [], math.inf
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[i][1] < least and math.isfinite(points[i][0]):
+            found.append(i)
+            least = points[i][1]
+    return found
+
+
+def interpolate(one: Point, other: Point, x: float) -> float:
+    """The line through two points at x."""
+    share = (x - one[0]) / (other[0] - one[0])
+    return one[1] + share * (other[1] - one[1])
+
+
+def excesses(points: Sequence[Point]) -> list[float]:
+    """The excess of each point (l0, fvu) over the frontier of all; infinite where a coordinate is not finite."""
+    front = pareto(points)
+    line = [(log(points[i][0]), log(points[i][1])) for i in front]
+
+    def excess(i: int) -> float:
+        if i in front:
+            return 0.0
+        if not all(map(math.isfinite, points[i])):
+            return math.inf
+        x, y = log(points[i][0]), log(points[i][1])
+        after = bisect.bisect_right([at for at, _ in line], x)
+        return y - (interpolate(line[after - 1], line[after], x) if after < len(line) else line[-1][1])
+
+    return [excess(i) for i in range(len(points))]
+
+
+def log(value: float) -> float:
+    """Its logarithm; of numbers that are nothing, that of SMALL."""
+    return math.log(max(value, SMALL))
+
+
+def scores(metric: str, measured: Mapping[str, Metrics]) -> dict[str, float]:
+    """{trial: what to make small}: its excess if `metric` is frontier, else the metric itself."""
+    if metric != "frontier":
+        return {name: cost(metric, found) for name, found in measured.items()}
+    points = [(cost("l0", found), cost("fvu", found)) for found in measured.values()]
+    return dict(zip(measured, excesses(points), strict=True))

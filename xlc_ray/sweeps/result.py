@@ -1,0 +1,130 @@
+"""What a sweep found, read from its directory at any time: a frame, the frontier, the best at a sparsity, a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from xlc_ray import files
+from xlc_ray.config import UserError
+from xlc_ray.sweeps import page
+from xlc_ray.sweeps.board import FILE, Row, read_rows
+from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto
+from xlc_ray.sweeps.rank import MEASURED, PREDICTED
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Best:
+    """The answer of `Sweep.best`."""
+
+    trial: str
+    """The trial, or the nearer one of the two between which the value was read off."""
+    out: str
+    """Its run directory, for evaluate, export and load."""
+    value: float
+    """The metric, by interpolation where `how` says so."""
+    at: dict[str, float]
+    """Where: as asked for; of how = nearest, that of the trial."""
+    how: str
+    """measured, interpolated (between two trials of the frontier, linear in logarithms) or nearest (the frontier does
+    not reach as far as asked)."""
+    metrics: dict[str, float]
+    """All that the trial measured."""
+
+
+class Sweep:
+    """A sweep's directory."""
+
+    def __init__(self, out: str):
+        """Raises UserError where there is no sweep."""
+        if not files.exists(files.join(out, FILE)):
+            raise UserError(f"{out}: no {FILE} here; expected the directory of a sweep")
+        self.out = out
+
+    def rows(self) -> list[Row]:
+        """The trials as they stand now, in the order of the space."""
+        return list(read_rows(self.out).values())
+
+    def frame(self) -> pd.DataFrame:
+        """One row a trial: trial, state, step, its settings by dotted path, its metrics on held-out tokens at its last
+        stop, out, error. A setting that a trial does not have is missing there."""
+        import pandas as pd
+
+        rows = self.rows()
+        names = [*MEASURED, *(name for name in PREDICTED if any(name in row.metrics for row in rows))]
+        found = [
+            {"trial": row.trial, "state": row.state, "step": row.step}
+            | {path: _cell(value) for path, value in row.settings.items()}
+            | {name: row.metrics.get(name, math.nan) for name in names}
+            | {"out": files.join(self.out, row.out), "error": row.error}
+            for row in rows
+        ]
+        settings = dict.fromkeys(path for row in rows for path in row.settings)
+        columns = ["trial", "state", "step", *settings, *names, "out", "error"]
+        return pd.DataFrame(found, columns=columns)
+
+    def pareto(self, x: str = "l0", y: str = "fvu") -> pd.DataFrame:
+        """The rows of the frame that no other equals or beats in both metrics, by rising x."""
+        _check(x, y)
+        frame = self.frame()
+        points = [(cost(x, row.metrics), cost(y, row.metrics)) for row in self.rows()]
+        return frame.iloc[pareto(points)].reset_index(drop=True)
+
+    def best(self, metric: str = "fvu", at: Mapping[str, float] | None = None) -> Best:
+        """The trial with the best `metric`; with `at`, e.g. {"l0": 64}, at that value of another metric.
+
+        Then it is read off the frontier of the two, which says how. Raises UserError where nothing was measured."""
+        _check(metric, *(at or {}))
+        if at is not None and len(at) != 1:
+            raise UserError(f"at: {dict(at)}; give one metric and its value, such as {{'l0': 64}}")
+        rows = [row for row in self.rows() if math.isfinite(cost(metric, row.metrics))]
+        if not rows:
+            raise UserError(f"{self.out}: no trial has measured {metric} yet")
+        if not at:
+            return self._best(min(rows, key=lambda row: cost(metric, row.metrics)), metric, {}, "measured")
+        ((name, wanted),) = at.items()
+        points = [(cost(name, row.metrics), cost(metric, row.metrics)) for row in rows]
+        line = [rows[i] for i in pareto(points)]
+        return self._at(line, metric, name, float(wanted))
+
+    def _at(self, line: list[Row], metric: str, name: str, wanted: float) -> Best:
+        def x(row: Row) -> float:
+            return float(row.metrics[name] or 0.0)
+
+        line = sorted(line, key=x)
+        nearest = min(line, key=lambda row: abs(log(x(row)) - log(wanted)))
+        below, above = [r for r in line if x(r) <= wanted], [r for r in line if x(r) >= wanted]
+        if x(nearest) == wanted:
+            return self._best(nearest, metric, {name: wanted}, "measured")
+        if not (below and above):
+            return self._best(nearest, metric, {name: x(nearest)}, "nearest")
+        ends = [(log(x(row)), log(float(row.metrics[metric] or 0.0))) for row in (below[-1], above[0])]
+        value = math.exp(interpolate(ends[0], ends[1], log(wanted)))
+        return self._best(nearest, metric, {name: wanted}, "interpolated", value)
+
+    def _best(self, row: Row, metric: str, at: dict[str, float], how: str, value: float | None = None) -> Best:
+        found = {k: v for k, v in row.metrics.items() if v is not None}
+        return Best(row.trial, files.join(self.out, row.out), found[metric] if value is None else value, at, how, found)
+
+    def plot(self, path: str, x: str = "l0", y: str = "fvu") -> str:
+        """Write the frontier as a page of its own to `path`, and return it."""
+        _check(x, y)
+        best = set(self.pareto(x, y)["trial"])
+        summary = files.read_mapping(files.join(self.out, FILE))
+        files.write_bytes(path, page.frontier(self.out, summary, [asdict(r) for r in self.rows()], best, x, y).encode())
+        return path
+
+
+def _check(*names: str) -> None:
+    for name in names:
+        if name not in (*MEASURED, *PREDICTED):
+            raise UserError(f"{name!r} is not measured by sweeps; allowed: {', '.join((*MEASURED, *PREDICTED))}")
+
+
+def _cell(value: Any) -> Any:
+    return str(list(value)) if isinstance(value, list | tuple) else value

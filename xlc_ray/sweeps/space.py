@@ -1,0 +1,229 @@
+"""The trials of a sweep: points of its space, checked and named before anything runs.
+
+A point is an override {dotted path: value} of the base. Axes apply in the order of the file, `cases` first, so that an
+axis may change what an earlier one set, and its `when` sees what the earlier ones decided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xlc_ray import files
+from xlc_ray.config import Config, UserError, apply_overrides
+from xlc_ray.config.sweep import Axis, SweepConfig
+
+Changes = dict[str, Any]
+Choose = Callable[[str, Axis], tuple[Any, ...]]
+"""(path, axis) → the values to take there, in order."""
+LONGEST_NAME = 96
+MOST_CORNERS = 50_000
+TRIES = 100
+"""Draws for each sample that is wanted, before a space counts as used up."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a sweep."""
+
+    name: str
+    """What differs, as in `batchtopk,k=32,lr=0.002`; its directory's name."""
+    changes: Changes
+    config: Config
+    """Its settings, with `out` its directory."""
+
+    @property
+    def workers(self) -> int:
+        """Its ranks."""
+        return self.config.cluster.tensor_parallel * self.config.cluster.replicas
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that it reserves."""
+        return self.workers * self.config.cluster.cpus_per_worker
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that it reserves."""
+        return self.workers * self.config.cluster.gpus_per_worker
+
+
+def trials(sweep: SweepConfig) -> list[Trial]:
+    """All trials of a grid or random search, in order; none of a search that decides as it goes. Raises UserError, with
+    the point, on settings that do not fit together or that come twice."""
+    if sweep.search.kind == "optuna":
+        return []
+    every = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
+    points = every if sweep.search.kind == "grid" else _draws(sweep)
+    chosen = list(itertools.islice(points, sweep.search.max_trials))
+    names = [name_of(sweep, point) for point in chosen]
+    found = [
+        make(sweep, point, name if names.count(name) == 1 else f"{name}-{_hash(repr(point))}")
+        for point, name in zip(chosen, names, strict=True)
+    ]
+    seen: dict[str, Trial] = {}
+    for trial in found:
+        twin = seen.setdefault(_identity(trial.config), trial)
+        if twin is not trial:
+            raise UserError(f"space: {trial.changes} repeats the settings of {twin.changes}")
+    return found
+
+
+def make(sweep: SweepConfig, changes: Changes, name: str) -> Trial:
+    """The trial of a point. Raises UserError where its settings do not fit together."""
+    config = _config(sweep, changes).override({"out": files.join(sweep.out, "trials", name)})
+    if config.train.wandb:
+        config = config.override({"train.wandb.group": files.name(sweep.out)})
+    return Trial(name, changes, config)
+
+
+def corners(sweep: SweepConfig) -> list[Trial]:
+    """Each combination of choices and ends of ranges, validated. Raises UserError with the first that is wrong."""
+    points = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
+    found = list(itertools.islice(points, MOST_CORNERS + 1))
+    if len(found) > MOST_CORNERS:
+        raise UserError(f"space: more than {MOST_CORNERS:,} corners, too many to check; give fewer axes or choices")
+    return [make(sweep, point, name_of(sweep, point)) for point in found]
+
+
+def walk(sweep: SweepConfig, cases: range | list[int], choose: Choose) -> Iterator[Changes]:
+    """Points as nested loops: the given cases outermost, then the axes in their order, the last changing fastest."""
+    base = sweep.base.model_dump(mode="json")
+    axes = list(sweep.space.items())
+
+    def inner(changes: Changes, left: int) -> Iterator[Changes]:
+        if left == len(axes):
+            yield changes
+            return
+        path, axis = axes[left]
+        if not applies(axis, base, changes):
+            yield from inner(changes, left + 1)
+            return
+        for value in choose(path, axis):
+            yield from inner({**changes, path: value}, left + 1)
+
+    for case in cases if sweep.cases else [None]:
+        yield from inner({} if case is None else dict(sweep.cases[case]), 0)
+
+
+def applies(axis: Axis, base: dict[str, Any], changes: Changes) -> bool:
+    """Whether the settings say what the axis's `when` asks for."""
+    if not axis.when:
+        return True
+    tree = apply_overrides(base, changes)
+    return all(
+        lookup(tree, path) in (wanted if isinstance(wanted, list) else [wanted]) for path, wanted in axis.when.items()
+    )
+
+
+def lookup(tree: Any, path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def draw(axis: Axis, rng: np.random.Generator) -> Any:
+    """One value of an axis. Numbers are rounded to four digits, which read well and change nothing."""
+    if axis.values:
+        return axis.values[rng.integers(len(axis.values))]
+    low, high = axis.extremes
+    if axis.kind == "randint":
+        return int(rng.integers(low, high, endpoint=True))
+    if axis.kind == "loguniform":
+        value = math.exp(rng.uniform(math.log(low), math.log(high)))
+    else:
+        value = rng.uniform(low, high)
+    return min(max(float(f"{value:.4g}"), low), high)
+
+
+def settings_of(changes: Changes) -> dict[str, Any]:
+    """{leaf path: value} of what a point sets: a row's columns."""
+    return flatten(apply_overrides({}, changes))
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """{dotted path: value} of all leaves."""
+    if not isinstance(tree, dict) or (path and not tree):
+        return {path: tree}
+    return {k: v for key, inner in tree.items() for k, v in flatten(inner, f"{path}.{key}".lstrip(".")).items()}
+
+
+def _draws(sweep: SweepConfig) -> Iterator[Changes]:
+    """Samples that differ, each once at every point of the grid axes."""
+    rng = np.random.default_rng(sweep.search.seed)
+    wanted, seen = sweep.search.num_samples or 0, set()
+    taken = 0
+    for _ in range(TRIES * wanted):
+        if taken == wanted:
+            return
+        case = [int(rng.integers(len(sweep.cases)))] if sweep.cases else range(0)
+        points = list(walk(sweep, case, lambda _, axis: axis.grid or (draw(axis, rng),)))
+        fresh = [point for point in points if repr(sorted(point.items())) not in seen]
+        seen |= {repr(sorted(point.items())) for point in fresh}
+        taken += bool(fresh)
+        yield from fresh
+    if taken < wanted:
+        raise UserError(f"search.num_samples: {wanted}, but the space holds {taken} different points")
+
+
+def _config(sweep: SweepConfig, changes: Changes) -> Config:
+    try:
+        return sweep.base.override(changes)
+    except UserError as error:
+        shown = ", ".join(f"{path}={value}" for path, value in changes.items())
+        raise UserError(f"space: {shown}: {str(error).removeprefix('override: ')}") from None
+
+
+def _identity(config: Config) -> str:
+    return config.model_dump_json(exclude={"out"})
+
+
+# ---------------------------------------------------------------- names
+
+
+def name_of(sweep: SweepConfig, changes: Changes) -> str:
+    """What differs at this point: last names of paths, kinds of sections. Long ones are cut and end with a hash."""
+    options = {path: list(axis.values or ()) for path, axis in sweep.space.items()}
+    for case in sweep.cases:
+        for path, value in case.items():
+            options.setdefault(path, []).append(value)
+    lasts = [path.rsplit(".", 1)[-1] for path in options]
+    parts = []
+    for path, value in changes.items():
+        last = path.rsplit(".", 1)[-1]
+        label = last if lasts.count(last) == 1 else path
+        told = len({repr(v) for v in options[path]}) > 1 or len(sweep.cases) > len(options[path])
+        if path in sweep.space or (told and not path.startswith("cluster.")):
+            parts += _section(value, options[path]) if isinstance(value, dict) else [f"{label}={_plain(value)}"]
+    name = re.sub(r"[^\w.,=+-]", "_", ",".join(parts)) or "base"
+    if len(name) > LONGEST_NAME:
+        return f"{name[: LONGEST_NAME - 9]}-{_hash(name)}"
+    return name
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _section(value: dict[str, Any], options: list[Any]) -> list[str]:
+    """A section by its kind, and what sets it apart from the other options of that kind."""
+    kind = value.get("kind")
+    alike = [o for o in options if isinstance(o, dict) and o.get("kind") == kind]
+    apart = [key for key in value if key != "kind" and any(o.get(key) != value[key] for o in alike)]
+    return ([str(kind)] if kind else []) + [f"{key}={_plain(value[key])}" for key in apart]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, list | tuple):
+        return "+".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
