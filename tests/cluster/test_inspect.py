@@ -30,7 +30,7 @@ def test_a_run_shows_how_far_it_is_and_what_it_read(run):
         "  group 1: mlp_in.1 (6) -> mlp_out.1 (6)",
     ]
     assert said[7] == "checkpoints: step_8, step_12"
-    assert "3 lines, the last of step 12: loss " in said[8]
+    assert "4 lines, the last of step 12: loss " in said[8]  # steps 1, 4, 8 and 12
     assert said[9].startswith("evaluated: explained_variance 0.5000, fvu n/a")
 
 

@@ -47,8 +47,12 @@ class Sample:
 
 def sample(store: Store, rows: int, seed: int) -> Sample:
     """The norms of `rows` rows (all, where there are fewer), the same for the same seed."""
-    window = Order(store.chunk_rows, seed, _SLICE, -(-rows // _SLICE)).window(0)
-    chunk, row = window.chunk[:rows], window.row[:rows]
+    order = Order(store.chunk_rows, seed, _SLICE, -(-rows // _SLICE))
+    drawn = [order.window(0)]
+    while sum(map(len, drawn)) < min(rows, order.epoch_rows):  # the last slice of a chunk is shorter than others
+        drawn.append(order.window(len(drawn)))
+    chunk = np.concatenate([window.chunk for window in drawn])[:rows]
+    row = np.concatenate([window.row for window in drawn])[:rows]
     norms = {site: np.empty(len(row)) for site in store.manifest.sites}
     for site, values in norms.items():
         for start in range(0, len(row), _BLOCK):
