@@ -62,6 +62,13 @@ def save(kind, directory, x):
         case ["pt", "mapping"]:
             torch.save({"blocks.0": x, "other": x + 1}, file + ".pt")
             return file + ".pt:blocks.0"
+        case ["pt", "parameter"]:
+            torch.save(torch.nn.Parameter(x), file + ".pt")
+            return file + ".pt"
+        case [ending, "layers"]:
+            layers = torch.stack([x + 1, x], dim=1)
+            torch.save(layers, file + ".pt") if ending == "pt" else np.save(file + ".npy", layers.numpy())
+            return f"{file}.{ending}:1"
         case ["pt", "3d"]:
             torch.save(x.reshape(23, 10, WIDTH), file + ".pt")
             return file + ".pt"
@@ -83,7 +90,7 @@ def save(kind, directory, x):
             return f"{file}.{'parquet' if ending == 'parquet' else 'arrow'}:acts"
 
 
-KINDS = ["pt", "pt mapping", "pt 3d", "pt glob", "npy"]
+KINDS = ["pt", "pt mapping", "pt parameter", "pt layers", "pt 3d", "pt glob", "npy", "npy layers"]
 COLUMNS = ["fixed_size_list", "list", "fixed_shape_tensor", "fixed_size_binary"]
 
 
@@ -165,6 +172,7 @@ def mistakes(directory):
     x = values()
     torch.save({"a": x, "b": x}, directory / "two.pt")
     torch.save(x[0], directory / "flat.pt")
+    torch.save(x.reshape(23, 10, WIDTH), directory / "layers.pt")
     torch.save(x.long(), directory / "whole.pt")
     torch.save(Harmful(), directory / "code.pt")
     torch.save([x], directory / "list.pt")
@@ -179,6 +187,8 @@ def mistakes(directory):
         "two.pt:c": "two.pt: c: FILE:COLUMN; allowed: a, b",
         "flat.pt": r"holds shape \[6\]; needs \[rows, width\]",
         "flat.pt:a": "a: holds no names, but Tensor; leave out :a",
+        "layers.pt:10": r"10: of shape \[23, 10, 6\]; allowed: 0 to 9",
+        "layers.pt:name": r"name: of shape \[23, 10, 6\]; allowed: 0 to 9",
         "whole.pt": "holds int64; allowed: bfloat16, float16, float32, float64",
         "code.pt": "code.pt: not tensors alone",
         "list.pt": r"holds list; needs \[rows, width\]",
@@ -199,6 +209,14 @@ def test_mistakes_are_one_line(tmp_path, capfd):
     with pytest.raises(UserError, match="3 bytes are no whole number of float16"):
         find_rows(str(tmp_path / "odd.parquet:raw"), "float16")
     assert "run" not in capfd.readouterr().out, "nothing pickled is run"
+
+
+def test_a_single_row_is_for_training(tmp_path):
+    torch.save(values()[:1].clone(), tmp_path / "x.pt")
+    made = import_store(
+        str(tmp_path / "store"), "tiny", [("mlp_in.0", str(tmp_path / "x.pt"))], **DEFAULTS | {"held_out_fraction": 0.9}
+    )
+    assert {held_out: manifest.tokens for held_out, manifest in made.items()} == {False: 1}
 
 
 def test_sites_that_do_not_fit_together_are_named(tmp_path):

@@ -50,7 +50,7 @@ def import_store(
     found = {name: find_rows(origin[name], binary) for name in sorted(origin, key=order_key)}
     rows = {name: each for name, (each, _) in found.items()}
     total = _same_rows(rows)
-    held_out = round(total * held_out_fraction)
+    held_out = min(round(total * held_out_fraction), total - 1)
     identity = {
         "format_version": FORMAT_VERSION,
         "model": {"name": model},

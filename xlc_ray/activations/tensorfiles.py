@@ -1,7 +1,7 @@
 """Rows in the files of other programs: FILE[:COLUMN], where FILE may be a glob, gives [rows, width] block by block.
 
 .pt, .pth          a tensor [..., width], or a mapping of names to tensors (nothing pickled is run); memory-mapped
-.npy               an array [..., width]; memory-mapped
+.npy               an array [..., width]; memory-mapped. Of [rows, layers, width], COLUMN may be the number of a layer
 .parquet           a column of lists, fixed_size_list, fixed_shape_tensor or fixed_size_binary; a row group at a time
 .arrow, .feather   likewise, of Arrow's files and streams (those of `datasets` too); memory-mapped
 
@@ -81,7 +81,7 @@ def _open(file: str, column: str | None, binary: str | None) -> Rows:
         case ".pt" | ".pth":
             return _of_tensor(_named(_load(file), column, file), file)
         case ".npy":
-            return _of_tensor(_load_npy(file), file)
+            return _of_tensor(_named(_load_npy(file), column, file), file)
         case ".parquet":
             found = pq.ParquetFile(file, memory_map=True)
             name = _column(found.schema_arrow.names, column, file)
@@ -109,10 +109,17 @@ def _load(file: str) -> Any:
 
 def _named(found: Any, column: str | None, file: str) -> Any:
     if not isinstance(found, Mapping):
-        if column is not None:
-            raise UserError(f"{file}: {column}: holds no names, but {type(found).__name__}; leave out :{column}")
-        return found
+        return found if column is None else _layer(found, column, file)
     return found[_column([str(name) for name, value in found.items() if isinstance(value, Tensor)], column, file)]
+
+
+def _layer(found: Any, column: str, file: str) -> Any:
+    """Of [rows, layers, width], which caches of several layers hold, the rows of one."""
+    if not isinstance(found, Tensor | np.ndarray) or found.ndim != 3:
+        raise UserError(f"{file}: {column}: holds no names, but {type(found).__name__}; leave out :{column}")
+    if not (column.isdecimal() and int(column) < found.shape[1]):
+        raise UserError(f"{file}: {column}: of shape {list(found.shape)}; allowed: 0 to {found.shape[1] - 1}")
+    return found[:, int(column)]
 
 
 def _load_npy(file: str) -> Any:
@@ -132,7 +139,8 @@ def _of_tensor(found: Any, file: str) -> Rows:
     name = str(found.dtype).removeprefix("torch.")
     if name not in FLOATS:
         raise UserError(f"{file}: holds {name}; allowed: {', '.join(FLOATS)}")
-    flat = found.reshape(-1, found.shape[-1])
+    found = found.detach() if isinstance(found, Tensor) else found  # of parameters
+    flat = found.reshape(-1, found.shape[-1]) if found.ndim > 2 else found  # as it lies: a copy would be whole
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, len(flat), BLOCK):
