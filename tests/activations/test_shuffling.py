@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.activations.build import SITES, chunk_text, make, row_ids
@@ -11,6 +11,7 @@ from xlc_ray.activations.shuffling import Permutation, Shuffle, write_new, write
 
 
 @given(count=st.integers(1, 5000), seed=st.integers(0, 2**32))
+@settings(deadline=None)
 def test_it_is_a_permutation_and_the_inverse_undoes_it(count, seed):
     order, here = Permutation(count, seed), np.arange(count)
     found = order(here)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from xlc_ray.activations.manifest import ChunkRecord, Manifest, Span
 LARGEST = 127
 _RARE = 1000  # one row in so many may be an outlier of a channel
 _ROWS = 64
+_BLOCK = 256  # rows that stay in a core's cache while they are unpacked
 _ENTRY = np.dtype([("row", "<i4"), ("channel", "<i4"), ("value", "<f4")])
 
 Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
@@ -69,18 +71,20 @@ def _interval(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(packed: Packed) -> np.ndarray:
     """All rows of a site, float32 [rows, d]."""
     rows, d = packed.values.shape
+    out = np.empty((rows, d), np.float32)
     head = _Head.of(packed.side[: _head_bytes(rows, d)], d)
-    return head.unpack(packed.values, np.arange(rows), packed.side[_head_bytes(rows, d) :].view(_ENTRY))
+    head.unpack(packed.values, np.arange(rows), packed.side[_head_bytes(rows, d) :].view(_ENTRY), out)
+    return out
 
 
 def unpack_rows(
     read: Read, manifest: Manifest, chunk: np.ndarray, row: np.ndarray, packed: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Any rows: chunk [n], row [n], {site: int8 [n, d]} → {site: float32 [n, d]}, by two rounds of `read`."""
+    """Rows sorted by chunk [n] and row [n], {site: int8 [n, d]} → {site: float32 [n, d]}, by two rounds of `read`."""
     out = {site: np.empty(values.shape, np.float32) for site, values in packed.items()}
-    order = np.argsort(chunk, kind="stable")
-    parts = [part for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1) if len(part)]
-    asked = [(site, part, manifest.chunks[chunk[part[0]]]) for part in parts for site in packed]
+    ends = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
+    parts = [slice(start, stop) for start, stop in pairwise(ends) if stop > start]
+    asked = [(site, part, manifest.chunks[chunk[part.start]]) for part in parts for site in packed]
     heads = [
         _Head.of(np.frombuffer(raw, np.uint8), manifest.sites[site])
         for (site, _, _), raw in zip(asked, read([_head_span(manifest, *one) for one in asked]), strict=True)
@@ -90,7 +94,7 @@ def unpack_rows(
     for (site, part, _), head, spans in zip(asked, heads, wanted, strict=True):
         blobs = [np.frombuffer(next(found), _ENTRY) for _ in spans]
         entries = np.concatenate(blobs) if blobs else np.empty(0, _ENTRY)
-        out[site][part] = head.unpack(packed[site][part], row[part], entries)
+        head.unpack(packed[site][part], row[part], entries, out[site][part])
     return out
 
 
@@ -104,27 +108,31 @@ class _Head:
     def of(raw: np.ndarray, d: int) -> _Head:
         return _Head(raw[: 4 * d].view("<f4"), raw[4 * d : 8 * d].view("<f4"), raw[8 * d :].view("<i4"))
 
-    def unpack(self, values: np.ndarray, row: np.ndarray, entries: np.ndarray) -> np.ndarray:
-        """Rows `row` [n] of the chunk; entries, ascending, hold all of their outliers."""
-        out = values.astype(np.float32) * self.scale + self.centre
+    def unpack(self, values: np.ndarray, row: np.ndarray, entries: np.ndarray, out: np.ndarray) -> None:
+        """Rows `row` [n] of the chunk, into float32 `out`; entries, ascending, hold all of their outliers."""
+        packed, numbers, centre, scale = (
+            torch.from_numpy(np.require(array, requirements=["W"])) for array in (values, out, self.centre, self.scale)
+        )
+        for start in range(0, len(row), _BLOCK):
+            block = numbers[start : start + _BLOCK]
+            block.copy_(packed[start : start + _BLOCK]).mul_(scale).add_(centre)
         first, last = (np.searchsorted(entries["row"], row, side) for side in ("left", "right"))
         count = last - first
         which = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
         out[np.repeat(np.arange(len(row)), count), entries["channel"][which]] = entries["value"][which]
-        return out
 
 
 def _head_bytes(rows: int, d: int) -> int:
     return 8 * d + 4 * (-(-rows // _ROWS) + 1)
 
 
-def _head_span(manifest: Manifest, site: str, part: np.ndarray, record: ChunkRecord) -> Span:
+def _head_span(manifest: Manifest, site: str, part: slice, record: ChunkRecord) -> Span:
     start = record.sides[site]
     return Span(record, start, start + _head_bytes(record.rows, manifest.sites[site]))
 
 
 def _outlier_spans(
-    manifest: Manifest, head: _Head, row: np.ndarray, site: str, part: np.ndarray, record: ChunkRecord
+    manifest: Manifest, head: _Head, row: np.ndarray, site: str, part: slice, record: ChunkRecord
 ) -> Iterator[Span]:
     """Where the outliers of these rows are: neighbouring blocks of rows in one span, no span without an outlier."""
     base = record.sides[site] + _head_bytes(record.rows, manifest.sites[site])

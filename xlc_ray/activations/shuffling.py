@@ -7,7 +7,7 @@ not row by row:
 1. each old chunk is written again (`parts/`), its rows by where they go: those of one new chunk stand together;
 2. each new chunk collects its piece of every part.
 
-A task of either pass holds one chunk of all sites, twice. The disk holds the store three times until the parts go.
+A task of either pass holds one chunk of all sites. The disk holds the store three times until the parts go.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
 
-Local files are memory-mapped, compressed ones read by h5py slices, URLs by byte ranges from the manifest's offsets
+Local files are read by the manifest's offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
 (ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
 as uint16 bits) until `decode`; int8 is float32 as soon as it is read (compact.py).
 """
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, compact, foreign, http, ranges
+from xlc_ray.activations import chunkfile, compact, foreign, http, ranges, reading
 from xlc_ray.activations.cache import DiskCache
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
@@ -144,8 +144,14 @@ class Store:
         out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
         order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
-        self._fill(chunk[order], row[order], order, out)
-        return compact.unpack_rows(self._bytes, self.manifest, chunk, row, out) if self.dtype == "int8" else out
+        chunk, row, packed = chunk[order], row[order], self.dtype == "int8"
+        self._fill(chunk, row, np.arange(len(row)) if packed else order, out)
+        if packed:
+            out = compact.unpack_rows(self._bytes, self.manifest, chunk, row, out)
+            if (np.diff(order) < 0).any():
+                back = np.argsort(order)
+                return {site: values[back] for site, values in out.items()}
+        return out
 
     def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
         """Copy rows, in the order of chunks and within them, to rows `to` of each site's array in `out`."""
@@ -159,9 +165,7 @@ class Store:
             if len(part):
                 record = self.manifest.chunks[chunk[part[0]]]
                 path = files.join(files.local(self.path), record.file)
-                chunkfile.scatter(
-                    path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience
-                )
+                reading.scatter(path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience)
 
     def _bytes(self, spans: Sequence[Span]) -> Iterator[np.ndarray | bytes]:
         """The bytes of each span of chunk files."""
@@ -169,7 +173,7 @@ class Store:
             yield from ranges.read(self.path, spans, self.cache)
             return
         for span in spans:
-            yield chunkfile.span(files.join(files.local(self.path), span.record.file), span, self.patience)
+            yield reading.span(files.join(files.local(self.path), span.record.file), span, self.patience)
 
     def windows(self, chunk: int) -> ChunkText | None:
         """The token windows of a chunk and the (window, position) of each of its rows; None in stores without text."""

@@ -25,7 +25,7 @@ def shuffle(path: str, out: str, seed: int, chunk_tokens: int | None = None, wor
     """Write the rows of a store to `out`, an absolute path or URL, in the order of `seed`; its held-out part as it is.
 
     `chunk_tokens`: rows of a new chunk (as the largest old one); `workers`: chunks at once (one a CPU). A worker holds
-    about three chunks of all sites. Interrupted, the same call goes on. Returns the new store's manifest. Raises
+    a chunk of all sites. Interrupted, the same call goes on. Returns the new store's manifest. Raises
     UserError where `path` has no store or one of int8, or `out` something else.
     """
     if (workers or 1) < 1 or (chunk_tokens or 1) < 1:
