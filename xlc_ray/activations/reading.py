@@ -101,8 +101,9 @@ def _scatter(
         size = widths[site] * on_disk(dtype).itemsize
         for run in runs[widths[site]]:
             _announce(file, offset + run.first * size, run.count * size)
+    space = np.empty(_TOGETHER, np.uint8)
     for site, offset in plain.items():
-        _copy(file, path, offset, runs[widths[site]], out[site])
+        _copy(file, path, offset, runs[widths[site]], out[site], space)
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class _Run:
     count: int
     to: slice | np.ndarray
     """Where they go: a slice, if just as they lie, else indices."""
-    which: np.ndarray
-    """Of the rows from `first` on, those that go there."""
+    which: slice | np.ndarray
+    """Of the rows from `first` on, those that go there: all of them, or indices."""
 
 
 def _runs(rows: np.ndarray, to: np.ndarray, size: int) -> list[_Run]:
@@ -125,21 +126,24 @@ def _runs(rows: np.ndarray, to: np.ndarray, size: int) -> list[_Run]:
         while start < end:
             stop = min(end, int(np.searchsorted(rows, rows[start] + most)))
             first, last, here = int(rows[start]), int(rows[stop - 1]), to[start:stop]
-            straight = bool((np.diff(rows[start:stop]) == 1).all() and (np.diff(here) == 1).all())
+            whole = bool((np.diff(rows[start:stop]) == 1).all())
+            straight = whole and bool((np.diff(here) == 1).all())
             where = slice(int(here[0]), int(here[0]) + len(here)) if straight else here
-            found.append(_Run(first, last + 1 - first, where, rows[start:stop] - first))
+            which = slice(None) if whole else rows[start:stop] - first
+            found.append(_Run(first, last + 1 - first, where, which))
             start = stop
     return found
 
 
-def _copy(file: BinaryIO, path: str, offset: int, runs: Sequence[_Run], values: np.ndarray) -> None:
-    """Rows of the array that begins at `offset` of the file, to their places in `values`."""
+def _copy(file: BinaryIO, path: str, offset: int, runs: Sequence[_Run], values: np.ndarray, space: np.ndarray) -> None:
+    """Rows of the array that begins at `offset` of the file, to their places in `values`, by way of `space`."""
     size = values.shape[1] * values.itemsize
     for run in runs:
         if isinstance(run.to, slice):
             _read_into(file, path, values[run.to], offset + run.first * size)
         else:
-            together = np.empty((run.count, values.shape[1]), values.dtype)
+            room = space if run.count * size <= len(space) else np.empty(size, np.uint8)  # one row that is longer
+            together = room[: run.count * size].view(values.dtype).reshape(run.count, -1)
             _read_into(file, path, together, offset + run.first * size)
             values[run.to] = together[run.which]
 
