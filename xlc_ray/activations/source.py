@@ -43,7 +43,7 @@ def read_window(store: Store, window: Window, keep: np.ndarray, sites: Sequence[
 def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
     """Cut consecutive blocks of stored rows into batches of `rows` rows. Their total is a multiple of it.
 
-    A batch is a copy: it keeps no block alive.
+    A batch within one block that may be written to is a view of it, and keeps it alive.
     """
     batch: dict[str, np.ndarray] = {}
     have = 0
@@ -51,6 +51,10 @@ def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> I
         size, used = len(next(iter(block.values()))), 0
         while used < size:
             count = min(rows - have, size - used)
+            if count == rows:
+                yield {site: as_tensor(array[used : used + rows], dtype) for site, array in block.items()}
+                used += rows
+                continue
             batch = batch or {site: np.empty((rows, *a.shape[1:]), a.dtype) for site, a in block.items()}
             for site, array in block.items():
                 batch[site][have : have + count] = array[used : used + count]
@@ -96,4 +100,5 @@ def ahead(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndar
 
 def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows of the stream, at most one epoch: {site: [min(rows, stored), width]}."""
-    return next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))
+    found = next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))
+    return {site: values.clone() for site, values in found.items()}  # which keep no window alive
