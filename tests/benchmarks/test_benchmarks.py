@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import scaling, step
+from tests.benchmarks import data, scaling, step
 
 TINY = ["--layers", "2", "--width", "8", "--features", "64", "--batch", "32", "--k", "4"]
 TINY += ["--repeats", "2", "--threads", "1", "--device", "cpu"]
@@ -75,3 +75,14 @@ def test_scaling_walks_the_axes_asked_for(capsys):
     assert rows[1]["growth"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"] / 2)
     assert [row["work"] for row in found["axes"]["k"]] == [rows[1]["work"]] * 2
     assert "per unit of encoder work" in scaling.table(found)
+
+
+@pytest.mark.slow
+def test_every_source_feeds_a_rank_and_is_compared_with_a_raw_read(tmp_path):
+    words = ["--layers", "1", "--many-layers", "2", "--width", "16", "--bytes", "1e5", "--batch", "64"]
+    words += ["--repeats", "1", "--no-cold"]
+    found = data.run(data.arguments(words), str(tmp_path))
+    assert set(found) >= {"store_share_of_raw", "tp2_cost_over_tp1", "layers_share"}
+    assert set(found["seconds"]) == {"raw", "raw_buffer", "local", "many_layers", "int8", "http", "tp2"}
+    assert found["store_share_of_raw"] == pytest.approx(found["seconds"]["raw"][0] / found["seconds"]["local"][0])
+    assert "tp2_cost_over_tp1" in data.table(found)
