@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from tests.activations.build import make
-from xlc_ray.activations import chunkfile
+from xlc_ray.activations import reading
 from xlc_ray.config import UserError
 
 
 def test_reads_wait_for_a_file_system_that_comes_back(tmp_path):
     opened = dataclasses.replace(make(tmp_path / "store", [30, 20]), patience=30.0)
     want = opened.read(1, 0, 20, ["mlp_in.0"])
-    chunkfile._CHECKED.clear()
+    reading._CHECKED.clear()
     (tmp_path / "store").rename(tmp_path / "away")
     back = threading.Timer(0.5, (tmp_path / "away").rename, [tmp_path / "store"])
     back.start()

@@ -9,7 +9,7 @@ import torch
 
 from tests.activations.build import SITES, arrays, chunk_text, identity, make, row_ids, write
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, store
+from xlc_ray.activations import chunkfile, reading, store
 from xlc_ray.activations.manifest import Moments
 from xlc_ray.config import UserError, load_config
 
@@ -26,7 +26,7 @@ def test_every_bfloat16_pattern_survives_the_disk(tmp_path):
     record = chunkfile.write(str(tmp_path), 0, {"mlp_in.0": bits})
     out = {"mlp_in.0": np.empty_like(bits)}
     rows = np.arange(256)
-    chunkfile.scatter(str(tmp_path / "chunk_0.hdf5"), record, {"mlp_in.0": 256}, "bfloat16", rows, rows, out)
+    reading.scatter(str(tmp_path / "chunk_0.hdf5"), record, {"mlp_in.0": 256}, "bfloat16", rows, rows, out)
     assert np.array_equal(out["mlp_in.0"], bits)
     values = store.decode(out["mlp_in.0"], "bfloat16")
     assert torch.equal(values.view(torch.int32), torch.from_numpy(bits.astype(np.int32) << 16))
@@ -334,7 +334,7 @@ def test_many_chunks_keep_few_files_open(tmp_path):
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert maps.read_text().count(str(tmp_path)) <= 64
-    assert chunkfile._mapped.cache_info().currsize <= 64
+    assert reading._opened.cache_info().currsize <= 64
 
 
 def test_a_store_is_plain_data(tmp_path):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.benchmarks import scaling, step, sweeps
+from tests.benchmarks import data, scaling, step, sweeps
 from tests.training import texts
 
 TINY = ["--layers", "2", "--width", "8", "--features", "64", "--batch", "32", "--k", "4"]
@@ -104,3 +104,14 @@ def test_a_frontier_is_compared_at_the_points_of_the_other():
     assert sweeps.worst_excess(full, [full[0], (32.0, 0.21), full[2]]) == pytest.approx(0.05)
     assert sweeps.worst_excess(full, full[:2]) == pytest.approx(1)
     assert sweeps.worst_excess(full, full[1:]) == math.inf
+
+
+@pytest.mark.slow
+def test_every_source_feeds_a_rank_and_is_compared_with_a_raw_read(tmp_path):
+    words = ["--layers", "1", "--many-layers", "2", "--width", "16", "--bytes", "1e5", "--batch", "64"]
+    words += ["--repeats", "1", "--no-cold"]
+    found = data.run(data.arguments(words), str(tmp_path))
+    assert set(found) >= {"store_share_of_raw", "tp2_cost_over_tp1", "layers_share"}
+    assert set(found["seconds"]) == {"raw", "raw_buffer", "local", "many_layers", "int8", "http", "tp2"}
+    assert found["store_share_of_raw"] == pytest.approx(found["seconds"]["raw"][0] / found["seconds"]["local"][0])
+    assert "tp2_cost_over_tp1" in data.table(found)

@@ -136,6 +136,23 @@ def test_training_and_held_out_documents_are_disjoint(stores, config):
         assert all(any(piece in d for d in held_out) is split for piece in pieces)
 
 
+def test_int8_is_half_the_bytes_and_says_what_it_lost(stores, config, tmp_path):
+    changed = config.override({"generate.dtype": "int8", "source.path": str(tmp_path / "store")})
+    made = generate(changed)
+    opened, exact = store.open_store(changed.source.path), stores[False]
+    opened.verify()
+    assert made["bytes"] < 0.6 * sum(len(data) for data in contents(config.source.path).values())
+    assert set(opened.manifest.lost) == set(SITES)
+    for site in SITES:
+        found, wanted = (
+            torch.cat([store.decode(s.read(c, 0, n, [site])[site], s.dtype) for c, n in enumerate(s.chunk_rows)])
+            for s in (opened, exact)
+        )
+        lost = ((found - wanted) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
+        assert 0 < opened.manifest.lost[site] < 3e-4
+        assert lost < 4e-4, "what int8 and bfloat16 lose, together"
+
+
 def test_rerun_of_a_complete_store_touches_nothing(summary, config):
     before = {f: f.stat().st_mtime_ns for f in Path(config.source.path).rglob("*") if f.is_file()}
     assert generate(config) | {"seconds": 0} == summary | {"made": 0, "seconds": 0, "tokens_per_s": 0.0}

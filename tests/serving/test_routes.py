@@ -153,16 +153,19 @@ def test_links_that_lead_out_are_not_followed(client, tmp_path):
     assert os.listdir(outside) == ["metadata.json"]
 
 
-@pytest.mark.parametrize("how", ["link", "external", "virtual"])
+@pytest.mark.parametrize("how", ["link", "group", "external", "virtual"])
 def test_chunks_that_point_into_other_files_are_refused(client, tmp_path, how):
     secret = tmp_path / "secret.hdf5"
     with h5py.File(secret, "w") as file:
         file["layer_2/inputs"] = np.full((4, 5), 7, np.uint16)
+        file["packed/values"] = np.full((4, 5), 7, np.int8)
     name = tmp_path / "chunk.hdf5"
     with h5py.File(name, "w") as file:
         file["layer_2/targets"] = np.zeros((4, 5), np.uint16)
         if how == "link":
             file["layer_2/inputs"] = h5py.ExternalLink(str(secret), "layer_2/inputs")
+        elif how == "group":
+            file["int8/resid_post.0"] = h5py.ExternalLink(str(secret), "packed")
         elif how == "external":
             external = [(str(secret), 0, h5py.h5f.UNLIMITED)]
             file.create_dataset("layer_2/inputs", (4, 5), np.uint16, external=external)
@@ -172,7 +175,7 @@ def test_chunks_that_point_into_other_files_are_refused(client, tmp_path, how):
             file.create_virtual_dataset("layer_2/inputs", layout)
     answer = client.upload(ID, 0, name.read_bytes())
     assert answer.status_code == 422
-    assert "layer_2/inputs" in answer.json()["detail"]
+    assert ("int8/resid_post.0" if how == "group" else "layer_2/inputs") in answer.json()["detail"]
     (client.root / ID).mkdir(parents=True, exist_ok=True)
     (client.root / ID / "chunk_0.hdf5").write_bytes(name.read_bytes())  # nor if it came in another way
     assert client.slice(ID, 0, [0]).status_code == 422

@@ -79,7 +79,7 @@ class LiveStore(Store):
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """Mean, unbiased deviation and mean norm of every site over the sample."""
-        sample = self.manifest.model_copy(update={"chunks": self.manifest.chunks[: self.sample]})
+        sample = self.manifest.chunks[: self.sample]
         return {site: moments.statistics() for site, moments in merged_moments(self.path, sample).items()}
 
     def verify(self) -> None:

@@ -29,6 +29,17 @@ class ChunkRecord(BaseModel):
     """XXH3 (64 bits, hexadecimal) of the file; None in stores of other programs."""
     offsets: dict[str, int | None]
     """Where each site's array begins in the file; None where it is chunked or compressed."""
+    sides: dict[str, int] = {}
+    """Of int8: where begins what unpacks it (compact.py)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes start … stop-1 of a chunk file."""
+
+    record: ChunkRecord
+    start: int
+    stop: int
 
 
 class Manifest(BaseModel):
@@ -40,7 +51,7 @@ class Manifest(BaseModel):
     sites: dict[str, int]
     """Width of each site."""
     dtype: str
-    """float32, float16, or bfloat16 (kept as uint16 bits)."""
+    """float32, float16, bfloat16 (kept as uint16 bits), or int8 (compact.py)."""
     chunks: tuple[ChunkRecord, ...]
     tokens: int
     """Rows in all chunks."""
@@ -50,6 +61,13 @@ class Manifest(BaseModel):
     """Hash of `identity`; None in stores of other programs."""
     identity: dict[str, Any]
     """Every setting that decides the content: model, text, seed, …"""
+    lost: dict[str, float] = {}
+    """Of int8: the share of each site's variance that was lost (compact.py)."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text of its rows is known: not in stores of other programs, nor in imported ones."""
+        return "text" in self.identity
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,8 @@ class Moments:
     mean: np.ndarray
     m2: np.ndarray
     norm_sum: float
+    lost: float = 0.0
+    """Squared distance of the rows from what they stand for."""
 
     @staticmethod
     def of(rows: np.ndarray) -> Moments:
@@ -87,7 +107,7 @@ class Moments:
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        return Moments(count, mean, m2, self.norm_sum + other.norm_sum)
+        return Moments(count, mean, m2, self.norm_sum + other.norm_sum, self.lost + other.lost)
 
     def statistics(self) -> SiteStatistics:
         """Mean, unbiased deviation, mean norm."""

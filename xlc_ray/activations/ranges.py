@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from xlc_ray import files
 from xlc_ray.activations.cache import BLOCK, DiskCache
-from xlc_ray.activations.manifest import ChunkRecord, Manifest
+from xlc_ray.activations.manifest import Manifest, Span
 from xlc_ray.config import UserError
 
 _GAP = 64  # rows this close are fetched in one range
 _TOGETHER = 1 << 26  # bytes asked for at once
 _THREADS = 16  # for file systems that read one range at a time
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes start … stop-1 of a chunk file."""
-
-    record: ChunkRecord
-    start: int
-    stop: int
 
 
 def fill(

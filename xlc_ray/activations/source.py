@@ -41,29 +41,28 @@ def read_window(store: Store, window: Window, keep: np.ndarray, sites: Sequence[
 
 
 def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Cut consecutive blocks of stored rows into batches of `rows` rows. Their total is a multiple of it."""
-    parts: list[dict[str, np.ndarray]] = []
+    """Cut consecutive blocks of stored rows into batches of `rows` rows. Their total is a multiple of it.
+
+    A batch within one block that may be written to is a view of it, and keeps it alive.
+    """
+    batch: dict[str, np.ndarray] = {}
     have = 0
     for block in blocks:
-        size = len(next(iter(block.values())))
-        used = 0
-        while size - used >= rows - have:
-            take = rows - have
-            parts.append({site: array[used : used + take] for site, array in block.items()})
-            yield _join(parts, dtype)
-            used, parts, have = used + take, [], 0
-        if used < size:
-            parts.append({site: array[used:] for site, array in block.items()})
-            have += size - used
+        size, used = len(next(iter(block.values()))), 0
+        while used < size:
+            count = min(rows - have, size - used)
+            if count == rows:
+                yield {site: as_tensor(array[used : used + rows], dtype) for site, array in block.items()}
+                used += rows
+                continue
+            batch = batch or {site: np.empty((rows, *a.shape[1:]), a.dtype) for site, a in block.items()}
+            for site, array in block.items():
+                batch[site][have : have + count] = array[used : used + count]
+            used, have = used + count, have + count
+            if have == rows:
+                yield {site: as_tensor(array, dtype) for site, array in batch.items()}
+                batch, have = {}, 0
     assert have == 0, "blocks hold whole batches"
-
-
-def _join(parts: list[dict[str, np.ndarray]], dtype: str) -> dict[str, torch.Tensor]:
-    def whole(site: str) -> np.ndarray:
-        # A copy in either case: a batch must not keep a whole window alive.
-        return np.concatenate([part[site] for part in parts])
-
-    return {site: as_tensor(whole(site), dtype) for site in parts[0]}
 
 
 def batches(
@@ -101,4 +100,5 @@ def ahead(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndar
 
 def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows of the stream, at most one epoch: {site: [min(rows, stored), width]}."""
-    return next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))
+    found = next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))
+    return {site: values.clone() for site, values in found.items()}  # which keep no window alive

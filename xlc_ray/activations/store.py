@@ -1,13 +1,13 @@
 """The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
 
-Local files are memory-mapped, compressed ones read by h5py slices, URLs by byte ranges from the manifest's offsets
+Local files are read by the manifest's offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
 (ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
-as uint16 bits) until `decode`.
+as uint16 bits) until `decode`; int8 is float32 as soon as it is read (compact.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import h5py
@@ -15,10 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, foreign, http, ranges
+from xlc_ray.activations import chunkfile, compact, foreign, http, ranges, reading
 from xlc_ray.activations.cache import DiskCache
-from xlc_ray.activations.chunkfile import decode, encode, stored_dtype
-from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
+from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
+from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
@@ -54,6 +54,7 @@ __all__ = [
     "read_plan",
     "read_text",
     "stored_dtype",
+    "torch_dtype",
     "write_chunk",
     "write_plan",
     "write_text",
@@ -136,7 +137,7 @@ class Store:
 
     @property
     def dtype(self) -> str:
-        """float32, float16 or bfloat16."""
+        """float32, float16, bfloat16 or int8."""
         return self.manifest.dtype
 
     def read(self, chunk: int, start: int, stop: int, sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -148,16 +149,22 @@ class Store:
         for site in sites:
             if site not in self.manifest.sites:
                 raise UserError(f"{self.path}: has no site {site}; allowed: {', '.join(self.manifest.sites)}")
-        stored = stored_dtype(self.dtype)
+        stored = chunkfile.on_disk(self.dtype)
         out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
         order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
-        self._fill(chunk[order], row[order], order, out)
+        chunk, row, packed = chunk[order], row[order], self.dtype == "int8"
+        self._fill(chunk, row, np.arange(len(row)) if packed else order, out)
+        if packed:
+            out = compact.unpack_rows(self._bytes, self.manifest, chunk, row, out)
+            if (np.diff(order) < 0).any():
+                back = np.argsort(order)
+                return {site: values[back] for site, values in out.items()}
         return out
 
     def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
         """Copy rows, in the order of chunks and within them, to rows `to` of each site's array in `out`."""
-        if self.path.startswith(SCHEMES):
+        if self.path.startswith(SCHEMES) and self.dtype != "int8":  # which slices of crosslayer-coding do not know
             http.fill(self.path, self.manifest, chunk, row, to, out)
             return
         if files.is_url(self.path):
@@ -167,13 +174,19 @@ class Store:
             if len(part):
                 record = self.manifest.chunks[chunk[part[0]]]
                 path = files.join(files.local(self.path), record.file)
-                chunkfile.scatter(
-                    path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience
-                )
+                reading.scatter(path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience)
+
+    def _bytes(self, spans: Sequence[Span]) -> Iterator[np.ndarray | bytes]:
+        """The bytes of each span of chunk files."""
+        if files.is_url(self.path):
+            yield from ranges.read(self.path, spans, self.cache)
+            return
+        for span in spans:
+            yield reading.span(files.join(files.local(self.path), span.record.file), span, self.patience)
 
     def windows(self, chunk: int) -> ChunkText | None:
         """The token windows of a chunk and the (window, position) of each of its rows; None in stores without text."""
-        if self.manifest.fingerprint is None:
+        if not self.manifest.has_text:
             return None
         return read_text(self.path, self.manifest.chunks[chunk].index)
 

@@ -13,13 +13,14 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile
+from xlc_ray.activations import chunkfile, compact
 from xlc_ray.activations.foreign import INDEX_RECORD
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
 from xlc_ray.activations.sites import of_base
@@ -27,6 +28,7 @@ from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Config, UserError
 
 _BLOCK = 2048  # rows that are float64 at a time
+_MOMENTS = [field.name for field in fields(Moments)]
 
 
 def identity(config: Config, widths: Mapping[str, int], held_out: bool) -> dict[str, Any]:
@@ -118,16 +120,19 @@ def read_plan(path: str) -> list[int] | None:
 
 
 def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: str) -> ChunkRecord:
-    """Write the activations of one chunk: {site: [rows, width]} in the stored form of `dtype`, in row order.
+    """Write the activations of one chunk: {site: [rows, width]} as `encode` makes them for `dtype`, in row order.
 
     Raises UserError on activations that are not finite.
     """
-    moments = {site: moments_of(array, dtype) for site, array in arrays.items()}
-    for site, found in moments.items():
+    moments: dict[str, Moments] = {}
+    stored: dict[str, np.ndarray | compact.Packed] = {}
+    for site, array in arrays.items():
+        stored[site], found = _stored(array, dtype)
+        moments[site] = found
         if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
             raise UserError(f"{path}: chunk {index}: {site} has values that are not finite; try model.dtype float32")
     with files.writing(files.join(path, f"chunk_{index}")):
-        record = chunkfile.write(path, index, arrays)
+        record = chunkfile.write(path, index, stored)
     buffer = io.BytesIO()
     np.savez(
         buffer, **{f"{site}/{key}": value for site, found in moments.items() for key, value in vars(found).items()}
@@ -135,6 +140,17 @@ def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: 
     files.write_bytes(_moments_file(path, index), buffer.getvalue())
     files.write_json(_record_file(path, index), record.model_dump())
     return record
+
+
+def _stored(array: np.ndarray, dtype: str) -> tuple[np.ndarray | compact.Packed, Moments]:
+    """What is written of an array, and the moments of what will be read."""
+    if dtype != "int8" or not np.isfinite(array).all():
+        return array, moments_of(array, dtype)
+    packed = compact.pack(array)
+    kept = compact.unpack(packed)
+    error = array - kept
+    lost = float(np.einsum("nd,nd->", error, error, dtype=np.float64))
+    return packed, replace(moments_of(kept, dtype), lost=lost)
 
 
 def moments_of(array: np.ndarray, dtype: str) -> Moments:
@@ -185,6 +201,7 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
         raise UserError(f"{path}: {len(missing)} of {len(plan)} chunks are missing ({names}); generate again")
     chunks = tuple(read_record(path, index) for index in range(len(plan)))
     assert [chunk.rows for chunk in chunks] == plan, "chunks hold the rows that were planned"
+    total = merged_moments(path, chunks)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         sites=dict(identity["sites"]),
@@ -194,10 +211,11 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
         model=identity["model"]["name"],
         fingerprint=fingerprint(identity),
         identity=dict(identity),
+        lost={site: m.lost / (m.m2.sum() or 1.0) for site, m in total.items()} if identity["dtype"] == "int8" else {},
     )
-    moments = merged_moments(path, manifest)
-    _write_statistics(path, moments)
-    _write_crosslayer_coding(path, manifest, moments)
+    _write_statistics(path, total)
+    if manifest.dtype != "int8":  # which other programs would take for numbers
+        _write_crosslayer_coding(path, manifest, total)
     for name in files.listdir(path):
         if name.startswith(chunkfile.PARTIAL):  # of writers that were killed
             files.remove(files.join(path, name))
@@ -205,14 +223,14 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def merged_moments(path: str, manifest: Manifest) -> dict[str, Moments]:
-    """Moments of each site over the chunks of a manifest."""
+def merged_moments(path: str, chunks: Sequence[ChunkRecord]) -> dict[str, Moments]:
+    """Moments of each site over chunks."""
     total: dict[str, Moments] = {}
-    for chunk in manifest.chunks:
+    for chunk in chunks:
         with np.load(io.BytesIO(files.read_bytes(_moments_file(path, chunk.index)))) as found:
-            for site in manifest.sites:
-                count, mean, m2, norm_sum = (found[f"{site}/{key}"] for key in ("count", "mean", "m2", "norm_sum"))
-                here = Moments(int(count), mean, m2, float(norm_sum))
+            for site in chunk.offsets:
+                values = {key: found[f"{site}/{key}"] for key in _MOMENTS}
+                here = Moments(**values | {key: values[key].item() for key in ("count", "norm_sum", "lost")})
                 total[site] = total[site].merge(here) if site in total else here
     return total
 
@@ -237,10 +255,11 @@ def _write_crosslayer_coding(path: str, manifest: Manifest, moments: Mapping[str
             stats.setdefault(layer, {})[end] = {"mean": s.mean.tolist(), "std": s.std.tolist()}
     files.write_bytes(files.join(path, "norm_stats.json"), json.dumps(stats).encode())
     settings = manifest.identity
+    text = settings.get("text", {"dataset": "imported", "split": None})
     metadata = {
         "model_name": manifest.model,
-        "dataset": settings["text"]["dataset"],
-        "split": settings["text"]["split"],
+        "dataset": text["dataset"],
+        "split": text["split"],
         "num_layers": len(stats),
         "d_model": next(iter(manifest.sites.values())),
         "dtype": manifest.dtype,

@@ -150,7 +150,7 @@ def _check(dictionary: Dictionary, config: Config, store: Store) -> None:
     if lacking := [site for site in dictionary.wiring.sites if site not in store.manifest.sites]:
         known = ", ".join(store.manifest.sites)
         raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
-    if settings.windows and store.manifest.fingerprint is None:
+    if settings.windows and not store.manifest.has_text:
         raise UserError(f"evaluate.windows: {store.path} does not know the text of its rows; allowed: 0")
     if settings.ablate_features and not settings.windows:
         raise UserError("evaluate.ablate_features: needs the replacement model; set evaluate.windows to more than 0")

@@ -99,9 +99,10 @@ def layout_of(file: BinaryIO) -> Layout:
 
 def _read_layout(file: BinaryIO, size: int) -> Layout:
     with _hdf5(file) as hdf5:
-        known = [name for name in sorted(hdf5) if name == "sites" or _LAYER.fullmatch(name)]
+        known = [name for name in sorted(hdf5) if name in ("sites", "int8") or _LAYER.fullmatch(name)]
         groups = [name for name in known if _is_here(hdf5, name) and isinstance(hdf5[name], h5py.Group)]
-        names = [f"{group}/{name}" for group in groups for name in hdf5[group]]
+        # Packed arrays are no slices, since what unpacks them is not of rows: clients read their bytes.
+        names = [f"{group}/{name}" + "/values" * (group == "int8") for group in groups for name in hdf5[group]]
         found = {name: _array(hdf5, name, size) for name in names}
     if not found:
         raise Refusal(422, "the chunk has no arrays")
@@ -121,15 +122,18 @@ def _hdf5(file: BinaryIO) -> Iterator[h5py.File]:
 
 def _is_here(hdf5: h5py.File, name: str) -> bool:
     """Whether the name is of something in this file: HDF5 has links into other files, which are not for clients."""
-    return isinstance(hdf5.get(name, getlink=True), h5py.HardLink)
+    parts = name.split("/")
+    ways = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]  # each tells of the next only if it is here itself
+    return all(isinstance(hdf5.get(way, getlink=True), h5py.HardLink) for way in ways)
 
 
 def _array(hdf5: h5py.File, name: str, size: int) -> Array:
     dataset = hdf5[name] if _is_here(hdf5, name) else None
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
         raise Refusal(422, f"{name[:80]!r} is no array in this file")
-    if dataset.ndim != 2 or dataset.dtype not in _TYPES or 0 in dataset.shape:
-        raise Refusal(422, f"{name[:80]!r} is not [rows, width] of float32, float16 or uint16")
+    types = (np.dtype(np.int8),) if name.startswith("int8/") else _TYPES
+    if dataset.ndim != 2 or dataset.dtype not in types or 0 in dataset.shape:
+        raise Refusal(422, f"{name[:80]!r} is not [rows, width] of float32, float16 or uint16 (or int8)")
     rows, width = (int(n) for n in dataset.shape)
     step, offsets = _pieces(dataset, rows, width)
     array = Array(name, rows, width, dataset.dtype, step, offsets)

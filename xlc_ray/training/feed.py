@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xlc_ray.activations.store import torch_dtype
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring
 
@@ -26,7 +27,7 @@ def for_all_ranks(config: Config, dtype: str, reader: Reader, shards: Shards, de
     def read(wiring: Wiring, first: int) -> Batches:
         widths = {site: wiring.widths[site] for site in wiring.sites}
         rows, count = config.train.batch_tokens // shards.replicas, config.train.steps - first
-        return shared(lambda: reader(wiring, first), count, widths, rows, getattr(torch, dtype), shards, device)
+        return shared(lambda: reader(wiring, first), count, widths, rows, torch_dtype(dtype), shards, device)
 
     return read
 

@@ -18,7 +18,7 @@ from xlc_ray.progress import duration
 from xlc_ray.training import plan
 from xlc_ray.training.machine import GB, GPUS, Machine, measure
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) -> Iterator[str]:

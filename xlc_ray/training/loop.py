@@ -60,7 +60,7 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
 
 
 def _check_text(config: Config, data: store.Store) -> None:
-    if data.manifest.fingerprint is None:
+    if not data.manifest.has_text:
         raise UserError(f"train.end_to_end: the store {config.source.path} does not know the text of its rows")
     # Stores know a local model by its last name.
     if files.name(data.manifest.model) != files.name(config.model.name):
@@ -263,7 +263,7 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     def read() -> Iterator[Mapping[str, Tensor]]:
         return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop)
 
-    found = shared(read, len(batches), widths, rows, getattr(torch, data.dtype), shards, learner.device)
+    found = shared(read, len(batches), widths, rows, store.torch_dtype(data.dtype), shards, learner.device)
     for n, batch in zip(batches, found, strict=True):
         inside = slice(max(0, start - n * rows), start + tokens - n * rows)
         yield {site: values[inside] for site, values in batch.items()}

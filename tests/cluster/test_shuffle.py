@@ -1,0 +1,74 @@
+"""jobs/shuffle.py on Ray: the same store at any number of workers, and after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tests.activations.build import SITES, make
+from xlc_ray.activations.store import open_store
+from xlc_ray.cluster.shuffle import shuffle
+from xlc_ray.config import UserError
+
+pytestmark = pytest.mark.cluster
+
+ROWS = [50, 50, 50, 13]
+
+
+@pytest.fixture
+def old(tmp_path):
+    make(tmp_path / "old/held_out", [9])
+    return make(tmp_path / "old", ROWS)
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Digests of chunk files and texts."""
+    found = [*path.rglob("chunk_*.hdf5"), *path.rglob("chunk_*.npz")]
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in found}
+
+
+def test_workers_and_interruptions_change_nothing(cluster, old, tmp_path):
+    one = shuffle(old.path, str(tmp_path / "one"), seed=3, chunk_tokens=40, workers=1)
+    shuffle(old.path, str(tmp_path / "three"), seed=3, chunk_tokens=40, workers=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert [chunk.rows for chunk in one.chunks] == [40, 40, 40, 40, 3]
+    assert not (tmp_path / "one/parts").exists()
+    held_out = open_store(str(tmp_path / "one/held_out"))
+    held_out.verify()
+    assert held_out.manifest == open_store(f"{old.path}/held_out").manifest
+    # Cut off in the second pass, with its parts gone too: what is missing is made again.
+    whole = contents(tmp_path / "three")
+    for name in ("manifest.json", "chunk_1.hdf5", "records/chunk_3.json"):
+        (tmp_path / "three" / name).unlink()
+    kept = (tmp_path / "three/chunk_2.hdf5").stat().st_mtime_ns
+    shuffle(old.path, str(tmp_path / "three"), seed=3, chunk_tokens=40)
+    assert contents(tmp_path / "three") == whole
+    assert (tmp_path / "three/chunk_2.hdf5").stat().st_mtime_ns == kept
+    open_store(str(tmp_path / "three")).verify()
+
+
+def test_mistakes_are_named(cluster, old, tmp_path):
+    shuffle(old.path, str(tmp_path / "new"), seed=3)
+    assert shuffle(old.path, str(tmp_path / "new"), seed=3).sites == SITES  # the same again is fine
+    with pytest.raises(UserError, match=r"was made with shuffled\.seed = 3, not 4"):
+        shuffle(old.path, str(tmp_path / "new"), seed=4)
+    with pytest.raises(UserError, match="was made with"):
+        shuffle(old.path, old.path, seed=4)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="no activations here"):
+        shuffle(str(tmp_path / "other"), str(tmp_path / "new"), seed=3)
+    make(tmp_path / "int8", [20], dtype="int8")
+    with pytest.raises(UserError, match="int8 rows would be rounded a second time"):
+        shuffle(str(tmp_path / "int8"), str(tmp_path / "new"), seed=3)
+    with pytest.raises(UserError, match="allowed: 1 or more"):
+        shuffle(old.path, str(tmp_path / "new"), seed=3, workers=-1)
+
+
+def test_a_damaged_chunk_is_a_mistake_of_one_line(cluster, old, tmp_path):
+    chunk = tmp_path / "old/chunk_1.hdf5"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    with pytest.raises(Exception, match=r"chunk_1\.hdf5: cut or altered"):
+        shuffle(old.path, str(tmp_path / "new"), seed=3)
+    assert not (tmp_path / "new/manifest.json").exists()
