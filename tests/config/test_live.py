@@ -29,6 +29,10 @@ def test_one_word_makes_a_run_live_and_tee_is_where_its_store_goes():
             {"source.kind": "live", "train.resample": {"every": 10, "tokens": 10}},
             "train.resample: reads rows that live training has not kept; use train.loss.auxk or train.loss.ghost",
         ),
+        (
+            {"source.kind": "live", "generate.dtype": "int8"},
+            "generate.dtype: int8 rounds rows that are stored, not those",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes, line):

@@ -103,6 +103,11 @@ class Config(Settings):
                 "train.resample: reads rows that live training has not kept; use train.loss.auxk or train.loss.ghost, "
                 "or source.kind: store"
             )
+        if self.generate.dtype == "int8" and isinstance(self.source, LiveSource):
+            raise ValueError(
+                "generate.dtype: int8 rounds rows that are stored, not those that live training makes anew; allowed with "
+                "source.kind: live: bfloat16, float16, float32"
+            )
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(
                 f"train.end_to_end: cannot train {self.dictionary.wiring.kind}, whose features write several sites; "
