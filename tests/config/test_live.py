@@ -31,7 +31,7 @@ def test_one_word_makes_a_run_live_and_tee_is_where_its_store_goes():
         ),
         (
             {"source.kind": "live", "generate.dtype": "int8"},
-            "generate.dtype: int8 rounds rows that are stored, not those",
+            "generate.dtype: int8 rounds rows that are stored",
         ),
     ],
 )

@@ -105,8 +105,8 @@ class Config(Settings):
             )
         if self.generate.dtype == "int8" and isinstance(self.source, LiveSource):
             raise ValueError(
-                "generate.dtype: int8 rounds rows that are stored, not those that live training makes anew; allowed with "
-                "source.kind: live: bfloat16, float16, float32"
+                "generate.dtype: int8 rounds rows that are stored, not those that live training makes; "
+                "allowed with source.kind: live: bfloat16, float16, float32"
             )
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(
