@@ -131,7 +131,8 @@ def speed(config: Config) -> float:
     dictionary = load_dictionary(config.out)[0]
     learner = Learner(dictionary, config)
     learner.resume(config.out, config.train.steps)
-    read = source.batches(data, order_for(config, data), dictionary.wiring.sites, config.train.batch_tokens, 0, STEPS)
+    order, sites = order_for(config, data.chunk_rows), dictionary.wiring.sites
+    read = source.batches(data, order, sites, config.train.batch_tokens, 0, STEPS)
     seconds = []
     for batch in list(read):
         learner.step = config.train.steps - 1  # schedules end there
