@@ -20,7 +20,7 @@ def table(tmp_path_factory):
     """{case: what became of it}"""
     file = tmp_path_factory.mktemp("faults") / "table.json"
     command = [sys.executable, "tests/cluster/faults.py", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2700, check=False)
     assert file.exists(), done.stdout + done.stderr
     return dict(zip(possible(), json.loads(file.read_text()), strict=True))
 
