@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import shutil
 import subprocess
 import sys
@@ -138,10 +139,13 @@ def test_an_unknown_authentication_mode_is_said_before_ray_is_asked(monkeypatch)
 @pytest.mark.cluster
 def test_a_token_that_is_missing_is_one_line(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "127.0.0.1:1", "HOME": str(tmp_path)}
+    server = socket.create_server(("127.0.0.1", 0))  # answers, which is all that is asked before the token
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": address, "HOME": str(tmp_path)}
     script = "from xlc_ray.cluster import cli, session; cli.run(lambda config: session.connect(), '')"
     command = [sys.executable, "-c", script, "--config", "configs/quickstart.yaml"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    server.close()
     assert done.returncode == 2, done.stderr
     assert "error: cluster: cannot be joined: " in done.stderr
     assert "RAY_AUTH_MODE = token" in done.stderr

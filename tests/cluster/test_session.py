@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xlc_ray.cluster.session import require, resolve
+from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.config import UserError
 
 
@@ -67,6 +67,25 @@ def test_a_job_in_a_temporary_copy_writes_to_the_home_directory_and_says_so(conf
     assert capsys.readouterr().out.count("/home/someone/xlc_ray/base/run") == 1
     resolve(found)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "last", "said"),
+    [
+        ("127.0.0.1:1", None, "cluster: 127.0.0.1:1 (by RAY_ADDRESS) cannot be joined: "),
+        (None, "127.0.0.1:1", "cluster: 127.0.0.1:1 (by the last `ray start` on this machine) cannot be joined: "),
+        ("head:x", None, "cluster: head:x (by RAY_ADDRESS) cannot be joined: "),
+    ],
+)
+def test_a_cluster_that_is_gone_is_an_error_and_no_silent_wait(monkeypatch, given, last, said):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("xlc_ray.cluster.session.read_ray_address", lambda: last)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setenv("RAY_ADDRESS", given or "")
+    with pytest.raises(UserError) as error:
+        connect()
+    assert str(error.value).startswith(said)
+    assert "RAY_ADDRESS=local" in str(error.value)
 
 
 @pytest.mark.cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import ray
 import ray.data
+from ray._private.utils import read_ray_address  # where ray.init() looks, too
 from ray.exceptions import AuthenticationError
 
 from xlc_ray.config import Config, UserError
@@ -39,6 +41,7 @@ def connect() -> None:
     _quieten()
     if ray.is_initialized():
         return
+    _check_address()
     # Ray Train collects reports once a health check: 2 s by default, too slow for short runs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of training runs
@@ -53,6 +56,23 @@ def connect() -> None:
             f"cluster: cannot be joined: {str(error).strip().splitlines()[0]} (RAY_ADDRESS = "
             f"{os.environ.get('RAY_ADDRESS', 'not set')}, RAY_AUTH_MODE = {mode or 'not set'}); give the address, the "
             "RAY_AUTH_MODE and the token of the running cluster"
+        ) from None
+
+
+def _check_address() -> None:
+    """Raise UserError where no cluster answers at the address that Ray would take. Ray itself waits for minutes."""
+    given = os.environ.get("RAY_ADDRESS")
+    address = given or read_ray_address() or ""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address:  # a cluster of its own; through Ray's client, which says itself who is missing
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        known_by = "RAY_ADDRESS" if given else "the last `ray start` on this machine"
+        raise UserError(
+            f"cluster: {address} (by {known_by}) cannot be joined: {error}; start it again, or set "
+            "RAY_ADDRESS=local to use this machine alone"
         ) from None
 
 
