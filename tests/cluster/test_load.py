@@ -65,7 +65,8 @@ def test_ten_million_rows_in_a_thousand_chunks_are_read_in_bounded_memory(large)
     for batch in source.batches(data, order, list(SITES), rows, 0, batches):
         wanted = expected[position : position + rows]
         for values in batch.values():
-            assert np.array_equal((values[:, 0] * 256 + values[:, 1]).numpy().astype(np.int64), wanted)
+            high, low = values.float().T
+            assert np.array_equal((high * 256 + low).numpy().astype(np.int64), wanted)
         position += rows
     assert position == batches * rows
     assert len(set(chunks[:position])) > 900  # nearly all chunks were read from
