@@ -39,10 +39,10 @@ def head(tmp_path_factory):
     """`ray start` in a process group of its own. Not ended by `ray stop`, which ends every Ray of the machine, this
     process's too. Jobs have its environment."""
     root = tmp_path_factory.mktemp("root")
-    port, dashboard, client, metrics = _free_ports(4)
+    port, dashboard, client, metrics, agent = _free_ports(5)
     url, sockets = f"http://127.0.0.1:{dashboard}", tempfile.mkdtemp(prefix="ray")  # a socket's path must be short
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    ports.append(f"--metrics-export-port={metrics}")
+    ports += [f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"]  # without it, no jobs
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={sockets}", *ports],
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "XLC_ROOT": str(root)},
