@@ -27,11 +27,14 @@ def ip(*words: str) -> str:
 
 
 def allowed() -> bool:
-    """Whether this process may make network namespaces."""
+    """Whether this process may make network namespaces, and the links between them."""
     name = f"xlc{os.getpid()}"
     try:
         ip("netns", "add", name)
-        ip("netns", "del", name)
+        ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("netns", "del", name)  # its link goes with it
+        ip("link", "add", f"{name}b", "type", "bridge")
+        ip("link", "del", f"{name}b")
     except (OSError, subprocess.CalledProcessError):
         return False
     return True
