@@ -1,13 +1,14 @@
 """Batches of stored rows: replica r of R takes rows [nB + r·B/R, nB + (r+1)·B/R) of every global batch n.
 
 `batches` reads in this process. The pieces are there for other readers too, which then give the same batches:
-`replica_rows` says which rows of a window a replica needs, `read_window` reads them, `rebatch` cuts the stream.
+`Share` says which rows of which windows a replica needs, `rebatch` cuts the stream of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,26 +19,37 @@ from xlc_ray.activations.order import Order, Window
 from xlc_ray.activations.store import Store
 
 
-def replica_rows(
-    window: Window, batch_rows: int, start_batch: int, stop_batch: int, replica: int, replicas: int
-) -> np.ndarray:
-    """Which rows of a window belong to a replica's share of batches [start_batch, stop_batch): ascending indices."""
-    assert batch_rows % replicas == 0, "replicas divide the batch"
-    position = window.start + np.arange(len(window), dtype=np.int64)
-    asked = (position >= start_batch * batch_rows) & (position < stop_batch * batch_rows)
-    return np.flatnonzero(asked & (position % batch_rows // (batch_rows // replicas) == replica))
+@dataclass(frozen=True)
+class Share:
+    """A replica's part of batches [start_batch, stop_batch) of the stream."""
 
+    batch_rows: int
+    start_batch: int
+    stop_batch: int
+    replica: int = 0
+    replicas: int = 1
 
-def windows_of(order: Order, batch_rows: int, start_batch: int, stop_batch: int) -> range:
-    """The windows of the stream that hold batches [start_batch, stop_batch)."""
-    if stop_batch <= start_batch:
-        return range(0)
-    return range(order.window_at(start_batch * batch_rows), order.window_at(stop_batch * batch_rows - 1) + 1)
+    def windows(self, order: Order) -> range:
+        """The windows of the stream that hold these batches, whichever replica's."""
+        if self.stop_batch <= self.start_batch:
+            return range(0)
+        first, last = self.start_batch * self.batch_rows, self.stop_batch * self.batch_rows - 1
+        return range(order.window_at(first), order.window_at(last) + 1)
 
+    def rows(self, window: Window) -> np.ndarray:
+        """Which rows of a window belong to it: ascending indices."""
+        assert self.batch_rows % self.replicas == 0, "replicas divide the batch"
+        position = window.start + np.arange(len(window), dtype=np.int64)
+        asked = (position >= self.start_batch * self.batch_rows) & (position < self.stop_batch * self.batch_rows)
+        whose = position % self.batch_rows // (self.batch_rows // self.replicas)
+        return np.flatnonzero(asked & (whose == self.replica))
 
-def read_window(store: Store, window: Window, keep: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
-    """Rows `keep` (indices or a mask) of a window, in stream order: {site: [n, width]} in the stored type."""
-    return store.gather(window.chunk[keep], window.row[keep], sites)
+    def parts(self, order: Order, windows: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each of the windows that has any: its number, and chunk [n] and row [n] of these rows, in their order."""
+        for w in windows:
+            window = order.window(w)
+            if len(keep := self.rows(window)):
+                yield w, window.chunk[keep], window.row[keep]
 
 
 def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -77,13 +89,11 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """A replica's share of batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]} in the store's
     dtype: a dictionary widens what it reads as it lays sites side by side."""
+    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
-        for w in windows_of(order, batch_rows, start_batch, stop_batch):
-            window = order.window(w)
-            keep = replica_rows(window, batch_rows, start_batch, stop_batch, replica, replicas)
-            if len(keep):
-                yield read_window(store, window, keep, sites)
+        for _, chunk, row in share.parts(order, share.windows(order)):
+            yield store.gather(chunk, row, sites)
 
     found = ahead(blocks()) if files.is_url(store.path) else blocks()  # a disk is read ahead by the system
     return rebatch(found, batch_rows // replicas, store.dtype)

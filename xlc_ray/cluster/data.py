@@ -19,7 +19,7 @@ import torch
 from ray.data.extensions import ArrowTensorArray
 
 from xlc_ray.activations.order import Order
-from xlc_ray.activations.source import read_window, rebatch, replica_rows, windows_of
+from xlc_ray.activations.source import Share, rebatch
 from xlc_ray.activations.store import Store, stored_dtype
 from xlc_ray.cluster.blocks import Tasks, data_context
 
@@ -50,15 +50,8 @@ def replica_batches(
     Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
     """
-    share = functools.partial(
-        replica_rows,
-        batch_rows=batch_rows,
-        start_batch=start_batch,
-        stop_batch=stop_batch,
-        replica=replica,
-        replicas=replicas,
-    )
-    windows = windows_of(order, batch_rows, start_batch, stop_batch)
+    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    windows = share.windows(order)
     row_bytes = sum(store.manifest.sites[site] for site in sites) * stored_dtype(store.dtype).itemsize
     window_bytes = order.epoch_rows * row_bytes // (order.epoch_windows * replicas)
     source = ray.put((store, order))
@@ -82,16 +75,11 @@ def _blocks(reads: Iterator[functools.partial[Iterator[pa.Table]]], window_bytes
         yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
 
 
-def _read(
-    source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], share: functools.partial[np.ndarray]
-) -> Iterator[pa.Table]:
+def _read(source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], share: Share) -> Iterator[pa.Table]:
     store, order = _source(source[0])
-    for w in windows:
-        window = order.window(w)
-        rows = share(window)
-        if len(rows):
-            found = read_window(store, window, rows, sites)
-            yield pa.table({site: ArrowTensorArray.from_numpy(values) for site, values in found.items()})
+    for _, chunk, row in share.parts(order, windows):
+        found = store.gather(chunk, row, sites)
+        yield pa.table({site: ArrowTensorArray.from_numpy(values) for site, values in found.items()})
 
 
 @functools.lru_cache(maxsize=2)

@@ -19,7 +19,7 @@ import ray
 
 from xlc_ray.activations import store
 from xlc_ray.activations.order import Need
-from xlc_ray.activations.source import windows_of
+from xlc_ray.activations.source import Share
 from xlc_ray.activations.writing import missing_chunks, read_record
 from xlc_ray.cluster.models import Models
 from xlc_ray.config import Config
@@ -62,7 +62,7 @@ class Generators:
         self._limit, self._tee = config.source.held_chunks, config.source.tee is not None
         self._sites = list(self._data.manifest.sites if self._tee else sites)
         self._order = order_for(config, self._data.chunk_rows)
-        self._stop = windows_of(self._order, config.train.batch_tokens, 0, config.train.steps).stop
+        self._stop = Share(config.train.batch_tokens, 0, config.train.steps).windows(self._order).stop
         self._models = Models(config, self._sites, hurry=lambda: bool(self._asking))
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers = asyncio.Semaphore(WRITERS)

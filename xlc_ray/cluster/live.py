@@ -19,7 +19,7 @@ from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.live import LiveStore
 from xlc_ray.activations.order import Order
-from xlc_ray.activations.source import ahead, rebatch, replica_rows, windows_of
+from xlc_ray.activations.source import Share, ahead, rebatch
 from xlc_ray.cluster.generators import Asker, Generators
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import LiveSource
@@ -92,23 +92,20 @@ def live_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """A replica's share of batches start_batch … stop_batch-1, as `activations.source.batches` would give them, had the
     chunks been stored. Raises what making a chunk raised, wrapped by Ray."""
-    windows = windows_of(order, batch_rows, start_batch, stop_batch)
+    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    windows = share.windows(order)
     asker = Asker(attempt, windows.start, replica, replicas)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         held: dict[tuple[int, int], Any] = {}
-        for w in windows:
-            window = order.window(w)
-            keep = replica_rows(window, batch_rows, start_batch, stop_batch, replica, replicas)
-            if len(keep):
-                epoch, chunk = w // order.epoch_windows, window.chunk[keep]
-                wanted = [(epoch, c) for c in np.unique(chunk).tolist()]
-                # What this window does not want may be let go from here on: nothing must refer to it.
-                held = {key: held[key] for key in wanted if key in held}
-                new = [key for key in wanted if key not in held]
-                refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new]))
-                held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
-                yield _rows({c: values for (_, c), values in held.items()}, chunk, window.row[keep], sites)
+        for w, chunk, row in share.parts(order, windows):
+            wanted = [(w // order.epoch_windows, c) for c in np.unique(chunk).tolist()]
+            # What this window does not want may be let go from here on: nothing must refer to it.
+            held = {key: held[key] for key in wanted if key in held}
+            new = [key for key in wanted if key not in held]
+            refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new]))
+            held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
+            yield _rows({c: values for (_, c), values in held.items()}, chunk, row, sites)
         held.clear()
         ray.get(generators.done.remote(asker))
 
