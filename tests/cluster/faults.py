@@ -29,7 +29,7 @@ from tests.cluster import hosts
 from tests.cluster.actors import actors
 from tests.cluster.hosts import Hosts
 from tests.cluster.nodes import ROOT, Job, Nodes, wait_for, workers
-from tests.cluster.stage import EVERY, NODES, Outcome, Stage
+from tests.cluster.stage import EVERY, NODES, STEPS, Outcome, Stage
 from xlc_ray.activations import store
 from xlc_ray.config import load_config
 from xlc_ray.dictionary import checkpoint
