@@ -3,9 +3,9 @@
     python tests/benchmarks/data.py --json FILE
 
 A store of bfloat16 at GPT-2's shape (12 sites in and out, 768 wide), one of as many bytes with 64 layers, and one of
-int8 are made of random rows. A pass is an epoch of batches as `training/feed.py` hands them to a rank, in a process of
-its own, in the order that training has; nothing is computed. In every round each source takes one pass. `raw` reads the
-first store's files with `numpy.fromfile`, `raw_buffer` likewise into 4 MB that are used again, which stay in the
+int8 are made of random rows. A pass is the next epoch of batches that `training/feed.py` hands to a rank, in a process
+of its own, in the order that training has; nothing is computed. In every round each source takes one pass. `raw` reads
+the first store's files with `numpy.fromfile`, `raw_buffer` likewise into 4 MB that are used again, which stay in the
 processor's cache where a training rank's batches cannot. `cold` passes begin with the files' pages dropped from memory
 (Linux), so that the disk takes part.
 
@@ -16,6 +16,7 @@ same; `tp2_cost_over_tp1` is the time for a token with two ranks over that with 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -38,7 +39,7 @@ from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
 from xlc_ray.config.sources import HttpSource
 from xlc_ray.dictionary import Shards
-from xlc_ray.training.feed import shared
+from xlc_ray.training.feed import Shape, shared
 
 CHUNKS = 4
 BUFFER = 1 << 22
@@ -87,18 +88,22 @@ def read_buffer(path: str) -> None:
                 pass
 
 
-def epoch(path: str, batch: int, slices: int, shards: Shards) -> None:
-    """All batches of an epoch, as a rank of training gets them."""
+def epochs(path: str, batch: int, slices: int, shards: Shards) -> Iterator[None]:
+    """All batches, an epoch at a time, as a rank of training gets them."""
     data = store.open_store(path)
     order = Order(data.chunk_rows, 0, 64, slices)
-    widths, count = data.manifest.sites, order.epoch_rows // batch
-    dtype = store.torch_dtype(data.dtype)
+    widths, each = data.manifest.sites, order.epoch_rows // batch
+    count = 1000 * each
 
-    def read() -> Iterator[dict[str, torch.Tensor]]:
-        return source.batches(data, order, list(widths), batch, 0, count)
+    def read(memory: store.Memory) -> Iterator[dict[str, torch.Tensor]]:
+        return source.batches(data, order, list(widths), batch, 0, count, memory=memory)
 
-    for found in shared(read, count, widths, batch, dtype, shards, torch.device("cpu")):
-        assert len(found) == len(widths)
+    shape = Shape(widths, batch, store.torch_dtype(data.dtype), 64 * slices)
+    found = shared(read, count, shape, shards, torch.device("cpu"))
+    while True:
+        for batches in itertools.islice(found, each):
+            assert len(batches) == len(widths)
+        yield
 
 
 READS: dict[str, Callable[[str], None]] = {"raw": read_fresh, "raw_buffer": read_buffer}
@@ -109,9 +114,15 @@ def serve_orders(rank: int, ranks: int, o: argparse.Namespace, meeting: str, ord
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     shards = Shards.of_world(ranks, "cpu") if ranks > 1 else Shards()
+    streams: dict[str, Iterator[None]] = {}
     while (order := orders.recv()) is not None:
         kind, path = order
-        READS[kind](path) if kind in READS else epoch(path, o.batch, o.window_slices, shards)
+        if kind in READS:
+            READS[kind](path)
+        else:
+            if path not in streams:
+                streams[path] = epochs(path, o.batch, o.window_slices, shards)
+            next(streams[path])
         orders.send(True)
     dist.destroy_process_group()
 

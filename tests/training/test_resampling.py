@@ -236,7 +236,7 @@ def test_the_sample_is_rows_of_one_epoch_in_any_layout(small_run, tokens, steps_
         config = config.override({"train.accumulate": accumulate})
         made = Learner(build(config.dictionary, loop.wiring_for(config, data), 0, Shards()), config)
         made.step = steps_done
-        sample = list(loop._sample(config, made, data))
+        sample = [{site: v.clone() for site, v in b.items()} for b in loop._sample(config, made, data)]
         assert max(len(b["mlp_in.0"]) for b in sample) <= 40 // accumulate
         found.append({site: torch.cat([b[site] for b in sample]) for site in sample[0]})
     assert all(torch.equal(found[0][site], found[1][site]) for site in found[0])

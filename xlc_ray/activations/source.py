@@ -16,7 +16,7 @@ import torch
 from xlc_ray import files
 from xlc_ray.activations.chunkfile import as_tensor
 from xlc_ray.activations.order import Order, Window
-from xlc_ray.activations.store import Store
+from xlc_ray.activations.store import Memory, Store, fresh
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,19 @@ def batches(
     stop_batch: int,
     replica: int = 0,
     replicas: int = 1,
+    memory: Memory = fresh,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """A replica's share of batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]} in the store's
-    dtype: a dictionary widens what it reads as it lays sites side by side."""
-    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    dtype: a dictionary widens what it reads as it lays sites side by side.
+
+    Windows of local files are read into `memory`, one after all batches of the window before it were asked for."""
+    share, local = Share(batch_rows, start_batch, stop_batch, replica, replicas), not files.is_url(store.path)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         for _, chunk, row in share.parts(order, share.windows(order)):
-            yield store.gather(chunk, row, sites)
+            yield store.gather(chunk, row, sites, memory if local else fresh)
 
-    found = ahead(blocks()) if files.is_url(store.path) else blocks()  # a disk is read ahead by the system
+    found = blocks() if local else ahead(blocks())  # a disk is read ahead by the system
     return rebatch(found, batch_rows // replicas, store.dtype)
 
 

@@ -7,7 +7,7 @@ as uint16 bits) until `decode`; int8 is float32 as soon as it is read (compact.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import h5py
@@ -39,6 +39,7 @@ from xlc_ray.web import SCHEMES
 __all__ = [
     "ChunkRecord",
     "Manifest",
+    "Memory",
     "SiteStatistics",
     "Store",
     "begin",
@@ -46,6 +47,7 @@ __all__ = [
     "encode",
     "fingerprint",
     "finish",
+    "fresh",
     "identity",
     "is_there",
     "missing_chunks",
@@ -59,6 +61,15 @@ __all__ = [
     "write_plan",
     "write_text",
 ]
+
+
+Memory = Callable[[Mapping[str, int], int, np.dtype], dict[str, np.ndarray]]
+"""{site: width}, rows, dtype → {site: array [rows, width]} to read into."""
+
+
+def fresh(widths: Mapping[str, int], rows: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """New arrays."""
+    return {site: np.empty((rows, width), dtype) for site, width in widths.items()}
 
 
 def open_store(path: str, cache: DiskCache | None = None) -> Store:
@@ -144,22 +155,31 @@ class Store:
         """Rows start … stop-1 of a chunk: {site: [stop - start, width]}."""
         return self.gather(np.full(stop - start, chunk), np.arange(start, stop), sites)
 
-    def gather(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> dict[str, np.ndarray]:
-        """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}. Raises UserError naming a damaged file."""
+    def gather(
+        self,
+        chunk: np.ndarray,
+        row: np.ndarray,
+        sites: Sequence[str],
+        memory: Memory = fresh,
+    ) -> dict[str, np.ndarray]:
+        """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}, in arrays that `memory` gives. Raises
+        UserError naming a damaged file."""
         for site in sites:
             if site not in self.manifest.sites:
                 raise UserError(f"{self.path}: has no site {site}; allowed: {', '.join(self.manifest.sites)}")
-        stored = chunkfile.on_disk(self.dtype)
-        out = {site: np.empty((len(row), self.manifest.sites[site]), stored) for site in sites}
+        widths = {site: self.manifest.sites[site] for site in sites}
+        out = memory(widths, len(row), stored_dtype(self.dtype))
         order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
-        chunk, row, packed = chunk[order], row[order], self.dtype == "int8"
-        self._fill(chunk, row, np.arange(len(row)) if packed else order, out)
-        if packed:
-            out = compact.unpack_rows(self._bytes, self.manifest, chunk, row, out)
-            if (np.diff(order) < 0).any():
-                back = np.argsort(order)
-                return {site: values[back] for site, values in out.items()}
+        chunk, row = chunk[order], row[order]
+        if self.dtype != "int8":
+            self._fill(chunk, row, order, out)
+            return out
+        packed = fresh(widths, len(row), chunkfile.on_disk("int8"))
+        self._fill(chunk, row, np.arange(len(row)), packed)
+        found, back = compact.unpack_rows(self._bytes, self.manifest, chunk, row, packed), np.argsort(order)
+        for site, values in found.items():
+            np.take(values, back, axis=0, out=out[site])
         return out
 
     def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:

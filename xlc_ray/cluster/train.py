@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +15,10 @@ import torch
 import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
-from torch import Tensor
 
 from xlc_ray import files
 from xlc_ray.activations.live import is_ready
-from xlc_ray.activations.store import Store, is_there, open_source
+from xlc_ray.activations.store import Memory, Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import replica_batches
 from xlc_ray.cluster.driver import driving
@@ -35,6 +33,7 @@ from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training.feed import Batches
 from xlc_ray.training.saving import Stop
 
 POLL_SECONDS = 0.3
@@ -106,7 +105,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
     gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
-    def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
+    def reader(wiring: Wiring, first: int, memory: Memory) -> Batches:  # read elsewhere: into none of ours
         train, rows = config.train, loop.order_for(config, data.chunk_rows)
         what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
         if settings["generators"] is not None:

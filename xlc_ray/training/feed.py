@@ -1,90 +1,137 @@
 """One batch for all ranks of a replica, on their device: the leader reads, the others receive. The only place that
 knows it.
 
-On a GPU a batch leaves pinned memory, in the dtype of the store, on a stream of its own while the step before it runs.
+On the CPUs of one machine the ranks look at the same memory (rooms.py); else the leader broadcasts. On a GPU a batch
+leaves pinned memory, in the dtype of the store, on a stream of its own while the step before it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xlc_ray.activations.source import Memory
 from xlc_ray.activations.store import torch_dtype
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring
+from xlc_ray.training.rooms import Rooms
 
 Batches = Iterator[Mapping[str, Tensor]]
-Reader = Callable[[Wiring, int], Batches]
-"""(wiring, first step) → this replica's share of each global batch from that step to the last."""
+Reader = Callable[[Wiring, int, Memory], Batches]
+"""(wiring, first step, memory to read windows into) → this replica's share of each global batch from that step to the
+last."""
 
 
-def for_all_ranks(config: Config, dtype: str, reader: Reader, shards: Shards, device: torch.device) -> Reader:
+Feed = Callable[[Wiring, int], Batches]
+"""Likewise, for every rank, on its device."""
+
+
+def for_all_ranks(config: Config, dtype: str, reader: Reader, shards: Shards, device: torch.device) -> Feed:
     """The same batches on the device of every rank of a replica, of which only the leader calls `reader`."""
 
     def read(wiring: Wiring, first: int) -> Batches:
-        widths = {site: wiring.widths[site] for site in wiring.sites}
-        rows, count = config.train.batch_tokens // shards.replicas, config.train.steps - first
-        return shared(lambda: reader(wiring, first), count, widths, rows, torch_dtype(dtype), shards, device)
+        shape = Shape.of(config, wiring, config.train.batch_tokens // shards.replicas, dtype)
+        return shared(lambda memory: reader(wiring, first, memory), config.train.steps - first, shape, shards, device)
 
     return read
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of a batch: {site: width}, rows, and the dtype of a store; and the most rows that are read together."""
+
+    widths: Mapping[str, int]
+    rows: int
+    dtype: torch.dtype
+    window_rows: int
+
+    @staticmethod
+    def of(config: Config, wiring: Wiring, rows: int, dtype: str) -> Shape:
+        """The batches of a run."""
+        widths = {site: wiring.widths[site] for site in wiring.sites}
+        return Shape(widths, rows, torch_dtype(dtype), config.source.slice_rows * config.source.window_slices)
+
+    @property
+    def numbers(self) -> int:
+        return self.rows * sum(self.widths.values())
+
+    def rooms(self) -> tuple[int, int]:
+        """Bytes of a window and of a batch."""
+        row = sum(self.widths.values()) * self.dtype.itemsize
+        return self.window_rows * row + 64 * len(self.widths), self.rows * row
+
+
 def shared(
-    read: Callable[[], Batches],
-    count: int,
-    widths: Mapping[str, int],
-    rows: int,
-    dtype: torch.dtype,
-    shards: Shards,
-    device: torch.device,
+    read: Callable[[Memory], Batches], count: int, shape: Shape, shards: Shards, device: torch.device
 ) -> Batches:
     """`count` batches (site → [rows, width], on `device`), equal on all ranks of a replica.
 
-    `read` is called on the leader only. Batches have the store's `dtype` from the disk to the encoder. The number of
-    batches is known to all, so no stop flag travels.
+    `read` is called on the leader only. Batches have the store's `dtype` from the disk to the encoder, and stay as they
+    are until the next one is asked for. The number of batches is known to all, so no stop flag travels.
     """
-    if shards.group is None and device.type == "cpu":
-        yield from read()
-        return
-    leads = shards.group is None or shards.rank == 0
-    batches = read() if leads else None
-    source = None if shards.group is None else dist.get_global_rank(shards.group, 0)
+    alone, on_cpu, sizes = shards.group is None, device.type == "cpu", shape.rooms()
+    rooms = Rooms.of_replica(*sizes, shards) if on_cpu and not alone else Rooms.own(*sizes)
+    batches = _led(read, rooms) if alone or shards.rank == 0 else None
+    if on_cpu and alone:
+        assert batches is not None, "one rank leads"
+        yield from batches
+    elif rooms.shared:
+        for _ in range(count):
+            yield _looked_at(rooms, batches, shape, shards)
+    else:
+        yield from _sent(batches, count, shape, shards, device)
+
+
+def _led(read: Callable[[Memory], Batches], rooms: Rooms) -> Batches:
+    for batch in read(rooms.window):
+        rooms.hand_out(batch)
+        yield batch
+
+
+def _looked_at(rooms: Rooms, batches: Batches | None, shape: Shape, shards: Shards) -> Mapping[str, Tensor]:
+    """The next batch, where the leader has it."""
+    where = torch.zeros(len(shape.widths), dtype=torch.int64)
+    if batches is not None:
+        batch = next(batches)
+        where = torch.tensor(rooms.places({site: batch[site] for site in shape.widths}))
+    dist.all_reduce(where, group=shards.group)  # and not a broadcast, which the leader would not wait for
+    places = zip(shape.widths.items(), where.tolist(), strict=True)
+    return {site: rooms.at(place, (shape.rows, width), shape.dtype) for (site, width), place in places}
+
+
+def _sent(batches: Batches | None, count: int, shape: Shape, shards: Shards, device: torch.device) -> Batches:
+    """Each batch in memory of its own, the one after it on its way to a GPU."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     ahead: Tensor | None = None
     for i in range(count):
-        now = _next(batches, widths, rows, dtype, shards, source, device, side) if ahead is None else ahead
+        now = _next(batches, shape, shards, device, side) if ahead is None else ahead
         ahead = None
         if side is not None:
             torch.cuda.current_stream(device).wait_stream(side)
             now.record_stream(torch.cuda.current_stream(device))
             if i + 1 < count:
-                ahead = _next(batches, widths, rows, dtype, shards, source, device, side)
-        parts = now.split(list(widths.values()), dim=1)
-        yield dict(zip(widths, parts, strict=True))
+                ahead = _next(batches, shape, shards, device, side)
+        parts = now.split([shape.rows * width for width in shape.widths.values()])
+        yield {site: part.view(shape.rows, -1) for site, part in zip(shape.widths, parts, strict=True)}
 
 
 def _next(
-    batches: Batches | None,
-    widths: Mapping[str, int],
-    rows: int,
-    dtype: torch.dtype,
-    shards: Shards,
-    source: int | None,
-    device: torch.device,
-    side: torch.cuda.Stream | None,
+    batches: Batches | None, shape: Shape, shards: Shards, device: torch.device, side: torch.cuda.Stream | None
 ) -> Tensor:
-    """The next batch, its sites side by side, on the device; copied and sent on the stream `side`."""
+    """The next batch, one site after another, on the device; copied and sent on the stream `side`."""
     with torch.cuda.stream(side):
         if batches is None:
-            buffer = torch.empty(rows, sum(widths.values()), dtype=dtype, device=device)
+            buffer = torch.empty(shape.numbers, dtype=shape.dtype, device=device)
         else:
             batch = next(batches)
-            buffer = torch.cat([batch[s] for s in widths], dim=1)
+            buffer = torch.cat([batch[site].reshape(-1) for site in shape.widths])
             if side is not None:
                 buffer = buffer.pin_memory().to(device, non_blocking=True)
-        if source is not None:
+        if shards.group is not None:
+            source = dist.get_global_rank(shards.group, 0)
             dist.broadcast(buffer.view(torch.uint8), src=source, group=shards.group)
         return buffer

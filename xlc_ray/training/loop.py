@@ -13,11 +13,12 @@ from torch import Tensor
 
 from xlc_ray import files
 from xlc_ray.activations import order, sites, source, store
+from xlc_ray.activations.store import Memory
 from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
-from xlc_ray.training.feed import Reader, for_all_ranks, shared
+from xlc_ray.training.feed import Batches, Feed, Reader, Shape, for_all_ranks, shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
@@ -76,12 +77,11 @@ def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
 def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
     """A reader without a cluster."""
 
-    def read(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
+    def read(wiring: Wiring, first: int, memory: Memory) -> Batches:
         train = config.train
         rows = order_for(config, data.chunk_rows)
-        return source.batches(
-            data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
-        )
+        mine = shards.replica, shards.replicas
+        return source.batches(data, rows, wiring.sites, train.batch_tokens, first, train.steps, *mine, memory)
 
     return read
 
@@ -166,7 +166,7 @@ def train_by_steps(
     config: Config,
     data: store.Store,
     shards: Shards,
-    batches: Reader,
+    batches: Feed,
     device: torch.device,
     announce: Callable[[dict[str, Any]], None],
     saved: Saved,
@@ -205,7 +205,7 @@ def _steps(
     config: Config,
     learner: Learner,
     data: store.Store,
-    batches: Reader,
+    batches: Feed,
     log: Log | None,
     announce: Callable[[dict[str, Any]], None],
     saving: Saving,
@@ -258,19 +258,18 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     start = min(here, (here // epoch + 1) * epoch - tokens)  # a row that came twice could start two equal features
     rows = train.batch_tokens // (shards.replicas * train.accumulate)
     batches = range(start // rows, -(-(start + tokens) // rows))
-    widths = {site: wiring.widths[site] for site in wiring.sites}
 
-    def read() -> Iterator[Mapping[str, Tensor]]:
-        return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop)
+    def read(memory: Memory) -> Batches:
+        return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop, memory=memory)
 
-    found = shared(read, len(batches), widths, rows, store.torch_dtype(data.dtype), shards, learner.device)
+    found = shared(read, len(batches), Shape.of(config, wiring, rows, data.dtype), shards, learner.device)
     for n, batch in zip(batches, found, strict=True):
         inside = slice(max(0, start - n * rows), start + tokens - n * rows)
         yield {site: values[inside] for site, values in batch.items()}
 
 
 def _each_step(
-    config: Config, learner: Learner, data: store.Store, batches: Reader
+    config: Config, learner: Learner, data: store.Store, batches: Feed
 ) -> Iterator[Callable[[bool], dict[str, float] | None]]:
     """For each step that is left: what trains on its batch, given whether to measure."""
     train, wiring, first = config.train, learner.dictionary.wiring, learner.step
