@@ -43,6 +43,15 @@ def test_a_thread_that_waits_in_c_is_ended_and_its_stack_is_left(tmp_path):
     assert line == text.splitlines()[0]
 
 
+def test_the_first_step_may_take_longer(tmp_path):
+    done = run(
+        tmp_path, "watched._allowed = 5; time.sleep(1.5); [(watched.beat(n), time.sleep(0.2)) for n in range(5)]"
+    )
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    assert watchdog.Watchdog(20.0, str(tmp_path), 0)._allowed == watchdog.START
+    assert watchdog.Watchdog(600.0, str(tmp_path), 0)._allowed == 600
+
+
 def test_a_process_that_never_releases_the_interpreter_is_ended_too(tmp_path):
     # PyDLL keeps the lock: no thread of Python's can run.
     done = run(tmp_path, "ctypes.PyDLL(None).sleep(1000)")

@@ -104,6 +104,7 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str, generat
     gpus = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpus else {})
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
+    patience = max(cluster.hang_timeout_s, watchdog.START)
     # A process that was stopped says nothing of itself. Those that wait for it go first, so that their stacks are told.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s + 2 * watchdog.GRACE)
     return TorchTrainer(
@@ -115,9 +116,7 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str, generat
             resources_per_worker=resources,
             label_selector=[{"ray.io/node-id": node} for node in place.nodes],
         ),
-        torch_config=Torch(
-            backend="nccl" if gpus else "gloo", timeout_s=int(cluster.hang_timeout_s + 12 * watchdog.GRACE)
-        ),
+        torch_config=Torch(backend="nccl" if gpus else "gloo", timeout_s=int(patience + 12 * watchdog.GRACE)),
         run_config=RunConfig(
             name=files.name(config.out),
             storage_path=files.join(config.out, "ray_train"),

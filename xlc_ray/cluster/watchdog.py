@@ -21,6 +21,8 @@ from xlc_ray import files
 
 GRACE = 5.0
 """Seconds between the stack of the first rank and the end of its process."""
+START = 180.0
+"""Seconds that a rank has for its first step at least: readers start before it, on a machine that may be busy."""
 OURS = f"{os.sep}xlc_ray{os.sep}"
 
 
@@ -30,6 +32,7 @@ class Watchdog:
     def __init__(self, timeout: float, path: str, rank: int) -> None:
         self.timeout, self.path, self.rank = timeout, path, rank
         self.step = 0
+        self._allowed = max(timeout, START)
         self._last = time.monotonic()
         self._watched = threading.get_ident()
         self._over = threading.Event()
@@ -38,9 +41,12 @@ class Watchdog:
     def beat(self, step: int) -> None:
         """A step was made."""
         self.step, self._last = step, time.monotonic()
+        if self._allowed != self.timeout:  # the first
+            self._allowed = self.timeout
+            self._arm(self._allowed)
 
     def __enter__(self) -> Watchdog:
-        self._arm(self.timeout)
+        self._arm(self._allowed)
         self._thread.start()
         return self
 
@@ -56,7 +62,7 @@ class Watchdog:
     def _watch(self) -> None:
         told = False
         while not self._over.wait(min(1.0, self.timeout / 10)):
-            left = self._last + self.timeout - time.monotonic()
+            left = self._last + self._allowed - time.monotonic()
             if left > 0:
                 self._arm(left)
                 told = False

@@ -178,6 +178,7 @@ class Cluster(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts of a failed worker group in a row without a new checkpoint in between."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without a step after which training counts as failed: more than a start or a checkpoint takes."""
+    """Seconds without a step after which training counts as failed: more than a checkpoint takes. The first step
+    after a start has three minutes at least."""
     read_retry_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds for which a read of activations that fails is tried again, with growing pauses."""
