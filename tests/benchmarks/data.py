@@ -2,12 +2,12 @@
 
     python tests/benchmarks/data.py --json FILE
 
-A store of bfloat16 at GPT-2's shape (12 sites in and out, 768 wide), one of as many bytes with 64 layers, and one of
-int8 are made of random rows. A pass is the next epoch of batches that `training/feed.py` hands to a rank, in a process
-of its own, in the order that training has; nothing is computed. In every round each source takes one pass. `raw` reads
-the first store's files with `numpy.fromfile`, `raw_buffer` likewise into 4 MB that are used again, which stay in the
-processor's cache where a training rank's batches cannot. `cold` passes begin with the files' pages dropped from memory
-(Linux), so that the disk takes part.
+Stores of bfloat16, bfloat16_zstd and int8 at GPT-2's shape (12 sites in and out, 768 wide), and one of bfloat16 of as
+many bytes with 64 layers, are made of random rows. A pass is the next epoch of batches that `training/feed.py` hands to
+a rank, in a process of its own, in the order that training has; nothing is computed. In every round each source takes
+one pass. `raw` reads the first store's files with `numpy.fromfile`, `raw_buffer` likewise into 4 MB that are used
+again, which stay in the processor's cache where a training rank's batches cannot. `cold` passes begin with the files'
+pages dropped from memory (Linux), so that the disk takes part.
 
 `store_share_of_raw` is `local` over `raw`, in bytes a second; `layers_share` is `many_layers` over `local`, in the
 same; `tp2_cost_over_tp1` is the time for a token with two ranks over that with one.
@@ -43,7 +43,7 @@ from xlc_ray.training.feed import Shape, shared
 
 CHUNKS = 4
 BUFFER = 1 << 22
-STORES = ("gpt2", "many_layers", "int8")
+STORES = ("gpt2", "many_layers", "zstd", "int8")
 
 
 def make(path: str, layers: int, width: int, rows: int, dtype: str) -> None:
@@ -162,6 +162,7 @@ def run(o: argparse.Namespace, folder: str) -> dict[str, Any]:
     shapes = {
         "gpt2": (o.layers, rows, "bfloat16"),
         "many_layers": (o.many_layers, fewer, "bfloat16"),
+        "zstd": (o.layers, rows, "bfloat16_zstd"),
         "int8": (o.layers, rows, "int8"),
     }
     paths = {name: f"{folder}/{name}/random" for name in STORES}
@@ -179,6 +180,7 @@ def run(o: argparse.Namespace, folder: str) -> dict[str, Any]:
             "raw_buffer": lambda _: one("raw_buffer", paths["gpt2"]),
             "local": lambda _: one("batches", paths["gpt2"]),
             "many_layers": lambda _: one("batches", paths["many_layers"]),
+            "zstd": lambda _: one("batches", paths["zstd"]),
             "int8": lambda _: one("batches", paths["int8"]),
             "http": lambda _: one("batches", served),
             "tp2": lambda _: two("batches", paths["gpt2"]),

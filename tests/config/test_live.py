@@ -33,6 +33,10 @@ def test_one_word_makes_a_run_live_and_tee_is_where_its_store_goes():
             {"source.kind": "live", "generate.dtype": "int8"},
             "generate.dtype: int8 rounds rows that are stored",
         ),
+        (
+            {"source.kind": "live", "generate.dtype": "bfloat16_zstd"},
+            "generate.dtype: bfloat16_zstd is for files, not for source.kind: live",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes, line):

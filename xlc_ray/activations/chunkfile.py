@@ -2,8 +2,9 @@
 
 `layer_{l}/inputs` and `layer_{l}/targets` hold mlp_in.l and mlp_out.l (crosslayer-coding's layout), `sites/<name>` any
 other site. bfloat16 is kept as its bits in uint16, since neither numpy nor HDF5 knows it: `encode` and `decode` are the
-only places that turn numbers into arrays and back. int8 is float32 in memory; on disk it is `int8/<name>/values` and
-`side` (compact.py), out of the way of programs that would take it for numbers.
+only places that turn numbers into arrays and back. int8 is float32 in memory, bfloat16_zstd bfloat16; on disk they are
+`int8/<name>/values` and `side` (compact.py), and `zstd/<name>/values` and `side` (lossless.py), out of the way of
+programs that would take them for numbers.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ import torch
 import xxhash
 
 from xlc_ray import files
+from xlc_ray.activations import lossless
 from xlc_ray.activations.compact import Packed
+from xlc_ray.activations.lossless import Squeezed
 from xlc_ray.activations.manifest import ChunkRecord
 from xlc_ray.activations.sites import of_base, parse
 from xlc_ray.config import UserError
 from xlc_ray.web import ServedFileSystem
 
 _STORED = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
-_STORED["int8"] = _STORED["float32"]
+_STORED |= {"int8": _STORED["float32"], lossless.DTYPE: _STORED["bfloat16"]}
+Stored = np.ndarray | Packed | Squeezed
+"""The rows of a site, as they go into a file."""
 PARTIAL = ".chunk_"  # of a writer at work, or of one that was killed
 
 
 def stored_dtype(dtype: str) -> np.dtype:
-    """The numpy type of arrays of float32, float16, bfloat16 (uint16 bits) or int8 (float32)."""
+    """The numpy type of arrays of float32, float16, bfloat16 and bfloat16_zstd (uint16 bits) or int8 (float32)."""
     return _STORED[dtype]
 
 
@@ -42,7 +47,7 @@ def on_disk(dtype: str) -> np.dtype:
 
 def torch_dtype(dtype: str) -> torch.dtype:
     """What holds any number of a store of this type, and no more."""
-    return torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    return torch.float32 if dtype == "int8" else getattr(torch, dtype.removesuffix("_zstd"))
 
 
 def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
@@ -52,7 +57,7 @@ def encode(values: torch.Tensor, dtype: str, where: str) -> np.ndarray:
         largest = float(values.abs().max())
         raise UserError(f"generate.dtype: float16 cannot hold {largest:.3g} at {where}; allowed: bfloat16, float32")
     stored = stored.cpu().contiguous()
-    return stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()
+    return stored.view(torch.uint16).numpy() if stored.dtype == torch.bfloat16 else stored.numpy()
 
 
 def decode(array: np.ndarray, dtype: str) -> torch.Tensor:
@@ -64,11 +69,11 @@ def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     """A stored array as a tensor of the type that it holds, of the same memory if that may be written to."""
     assert array.dtype == _STORED[dtype], f"{array.dtype} is not how {dtype} is stored"
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W", "A"]))
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return tensor.view(torch_dtype(dtype)) if tensor.dtype == torch.uint16 else tensor
 
 
 def dataset_name(site: str) -> str:
-    """Where a site's array stands in a chunk file, but for int8."""
+    """Where a site's array stands in a chunk file, but for int8 and bfloat16_zstd."""
     kind, layer = parse(site)
     shared = {} if of_base(site) else {"mlp_in": f"layer_{layer}/inputs", "mlp_out": f"layer_{layer}/targets"}
     return shared.get(kind, f"sites/{site}")
@@ -78,11 +83,11 @@ def place(site: str, dtype: str) -> str:
     return f"int8/{site}/values" if dtype == "int8" else dataset_name(site)
 
 
-def write(directory: str, index: int, arrays: Mapping[str, np.ndarray | Packed]) -> ChunkRecord:
+def write(directory: str, index: int, arrays: Mapping[str, Stored]) -> ChunkRecord:
     """Write `chunk_{index}.hdf5`, whole or not at all, and say what was written."""
     name = f"chunk_{index}.hdf5"
     target = files.join(directory, name)
-    rows = {len(array.values if isinstance(array, Packed) else array) for array in arrays.values()}
+    rows = {array.rows if isinstance(array, (Packed, Squeezed)) else len(array) for array in arrays.values()}
     assert len(rows) == 1, "every site has the same rows"
     files.makedirs(directory)
     # Beside the target, so that the rename stays on one file system.
@@ -106,7 +111,7 @@ def write(directory: str, index: int, arrays: Mapping[str, np.ndarray | Packed])
     return record
 
 
-def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray | Packed]) -> tuple[dict[str, int | None], dict[str, int]]:
+def _write_hdf5(path: Path, arrays: Mapping[str, Stored]) -> tuple[dict[str, int | None], dict[str, int]]:
     offsets: dict[str, int | None] = {}
     sides: dict[str, int] = {}
     with h5py.File(path, "w") as file:
@@ -117,9 +122,10 @@ def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray | Packed]) -> tuple[
             return offset
 
         for site, array in arrays.items():
-            if isinstance(array, Packed):
-                offsets[site] = put(place(site, "int8"), array.values)
-                sides[site] = put(f"int8/{site}/side", array.side)
+            if isinstance(array, (Packed, Squeezed)):
+                group = "int8" if isinstance(array, Packed) else "zstd"
+                offsets[site] = put(f"{group}/{site}/values", array.values)
+                sides[site] = put(f"{group}/{site}/side", array.side)
             else:
                 offsets[site] = put(dataset_name(site), array)
     descriptor = os.open(path, os.O_RDONLY)

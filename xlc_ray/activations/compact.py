@@ -41,6 +41,10 @@ class Packed:
     side: np.ndarray
     """What else it takes to unpack them, uint8 [bytes]."""
 
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
 
 def pack(values: np.ndarray) -> Packed:
     """Pack finite float32 rows [rows, d]."""

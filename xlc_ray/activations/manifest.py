@@ -30,7 +30,7 @@ class ChunkRecord(BaseModel):
     offsets: dict[str, int | None]
     """Where each site's array begins in the file; None where it is chunked or compressed."""
     sides: dict[str, int] = {}
-    """Of int8: where begins what unpacks it (compact.py)."""
+    """Of int8 and bfloat16_zstd: where begins what unpacks it (compact.py, lossless.py)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Manifest(BaseModel):
     sites: dict[str, int]
     """Width of each site."""
     dtype: str
-    """float32, float16, bfloat16 (kept as uint16 bits), or int8 (compact.py)."""
+    """float32, float16, bfloat16 (kept as uint16 bits), bfloat16_zstd (lossless.py), or int8 (compact.py)."""
     chunks: tuple[ChunkRecord, ...]
     tokens: int
     """Rows in all chunks."""

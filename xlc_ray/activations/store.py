@@ -2,7 +2,7 @@
 
 Local files are read by the manifest's offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
 (ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
-as uint16 bits) until `decode`; int8 is float32 as soon as it is read (compact.py).
+as uint16 bits) until `decode`; int8 (compact.py) is float32, bfloat16_zstd (lossless.py) bfloat16 as soon as read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, compact, foreign, http, ranges, reading
+from xlc_ray.activations import chunkfile, compact, foreign, http, lossless, ranges, reading
 from xlc_ray.activations.cache import DiskCache
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
@@ -148,7 +148,7 @@ class Store:
 
     @property
     def dtype(self) -> str:
-        """float32, float16, bfloat16 or int8."""
+        """float32, float16, bfloat16, bfloat16_zstd or int8."""
         return self.manifest.dtype
 
     def read(self, chunk: int, start: int, stop: int, sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -184,6 +184,9 @@ class Store:
 
     def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
         """Copy rows, in the order of chunks and within them, to rows `to` of each site's array in `out`."""
+        if self.dtype == lossless.DTYPE:
+            lossless.fill(self._bytes, self.path, self.manifest, chunk, row, to, out)
+            return
         if self.path.startswith(SCHEMES) and self.dtype != "int8":  # which slices of crosslayer-coding do not know
             http.fill(self.path, self.manifest, chunk, row, to, out)
             return

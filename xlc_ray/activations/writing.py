@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, compact
+from xlc_ray.activations import chunkfile, compact, lossless
 from xlc_ray.activations.foreign import INDEX_RECORD
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
 from xlc_ray.activations.sites import of_base
@@ -125,7 +125,7 @@ def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: 
     Raises UserError on activations that are not finite.
     """
     moments: dict[str, Moments] = {}
-    stored: dict[str, np.ndarray | compact.Packed] = {}
+    stored: dict[str, chunkfile.Stored] = {}
     for site, array in arrays.items():
         stored[site], found = _stored(array, dtype)
         moments[site] = found
@@ -142,8 +142,10 @@ def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: 
     return record
 
 
-def _stored(array: np.ndarray, dtype: str) -> tuple[np.ndarray | compact.Packed, Moments]:
+def _stored(array: np.ndarray, dtype: str) -> tuple[chunkfile.Stored, Moments]:
     """What is written of an array, and the moments of what will be read."""
+    if dtype == lossless.DTYPE:
+        return lossless.squeeze(array), moments_of(array, dtype)
     if dtype != "int8" or not np.isfinite(array).all():
         return array, moments_of(array, dtype)
     packed = compact.pack(array)
@@ -214,7 +216,7 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
         lost={site: m.lost / (m.m2.sum() or 1.0) for site, m in total.items()} if identity["dtype"] == "int8" else {},
     )
     _write_statistics(path, total)
-    if manifest.dtype != "int8":  # which other programs would take for numbers
+    if manifest.dtype not in ("int8", lossless.DTYPE):  # which other programs cannot read
         _write_crosslayer_coding(path, manifest, total)
     for name in files.listdir(path):
         if name.startswith(chunkfile.PARTIAL):  # of writers that were killed

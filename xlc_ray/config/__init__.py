@@ -19,7 +19,7 @@ from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
 from xlc_ray.config.errors import UserError, explain
 from xlc_ray.config.gate_losses import check_gate
-from xlc_ray.config.sources import LiveSource, Source
+from xlc_ray.config.sources import LiveSource, Source, StoreSource
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
 __all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
@@ -107,6 +107,11 @@ class Config(Settings):
             raise ValueError(
                 "generate.dtype: int8 rounds rows that are stored, not those that live training makes; "
                 "allowed with source.kind: live: bfloat16, float16, float32"
+            )
+        if self.generate.dtype == "bfloat16_zstd" and not isinstance(self.source, StoreSource):
+            raise ValueError(
+                f"generate.dtype: bfloat16_zstd is for files, not for source.kind: {self.source.kind}; allowed: "
+                "bfloat16, float16, float32"
             )
         if self.train.end_to_end and self.dictionary.wiring.kind not in ("sae", "transcoder"):
             raise ValueError(

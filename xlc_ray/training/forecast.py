@@ -18,7 +18,7 @@ from xlc_ray.progress import duration
 from xlc_ray.training import plan
 from xlc_ray.training.machine import GB, GPUS, Machine, measure
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bfloat16_zstd": 1.4, "int8": 1}
 
 
 def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _bytes_of_token(config: Config, wires: Wiring, width: int, base_width: int) 
     stored = (
         wires.width(wires.sites) if chosen is None else sum(base_width if sites.of_base(s) else width for s in chosen)
     )
-    return BYTES[config.generate.dtype] * stored
+    return round(BYTES[config.generate.dtype] * stored)
 
 
 def _cost(config: Config, load: plan.Work) -> Iterator[str]:
