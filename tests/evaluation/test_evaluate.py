@@ -12,8 +12,9 @@ from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Shards
 from xlc_ray.dictionary.build import build, make_wiring
-from xlc_ray.evaluation import evaluate, measure, table, write_report
+from xlc_ray.evaluation import evaluate, measure, table
 from xlc_ray.evaluation.held_out import held_out_batches, held_out_windows
+from xlc_ray.evaluation.report import write_report
 
 HEADLINE = ["explained_variance", "fvu", "l0", "dead_features", "ce_recovered", "kl", "top1_agreement"]
 

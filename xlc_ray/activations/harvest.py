@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nnsight import TransformersModel
-from transformers import AutoModelForCausalLM
 
 from xlc_ray.activations import sites as site_names
 from xlc_ray.activations.chunkfile import encode, stored_dtype
@@ -32,6 +30,9 @@ class LanguageModel:
     """
 
     def __init__(self, model: Model, device: str | torch.device = "cpu") -> None:
+        from nnsight import TransformersModel  # two seconds of imports, for who has a model only
+        from transformers import AutoModelForCausalLM
+
         self.name = model.name
         self.device = torch.device(device)
         self.tokenizer: Any = load_tokenizer(model)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from xlc_ray.activations.documents import MESSAGES, Document, column_kind, load_documents, read_documents
 from xlc_ray.activations.windows import ChunkText, Windows
@@ -39,6 +38,8 @@ __all__ = [
 
 def load_tokenizer(model: Model) -> Any:
     """The model's tokenizer. Raises UserError where there is none, or it has neither BOS nor EOS."""
+    from transformers import AutoTokenizer  # slow to import
+
     tokenizer = from_pretrained(AutoTokenizer, model, "tokenizer")
     _boundaries(tokenizer)
     return tokenizer

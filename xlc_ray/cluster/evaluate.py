@@ -20,7 +20,6 @@ from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.evaluation import Effects, Share, Sums, core
 from xlc_ray.evaluation.ablation import Which
 from xlc_ray.evaluation.features import write_features
-from xlc_ray.evaluation.report import write_report
 from xlc_ray.training import logs
 
 
@@ -70,6 +69,8 @@ def _opened(run_dir: str, step: int, config: Config) -> tuple[Dictionary, Config
 
 
 def _finish(run_dir: str, step: int, config: Config, sums: Sums, effects: Effects | None) -> dict[str, Any]:
+    from xlc_ray.evaluation.report import write_report  # with its drawing library, which the others do not need
+
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
     measured = evaluation.finish(load_dictionary(run_dir, step)[0], sums, effects)
     found = measured.evaluation

@@ -5,7 +5,6 @@ from xlc_ray.evaluation.compare import compare, comparison_table
 from xlc_ray.evaluation.held_out import Share
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import evaluate_replacement
-from xlc_ray.evaluation.report import write_report
 from xlc_ray.evaluation.run import Sums, ablate_share, ablated_features, evaluate, finish, measure, measure_share
 from xlc_ray.evaluation.table import table
 
@@ -24,5 +23,4 @@ __all__ = [
     "measure",
     "measure_share",
     "table",
-    "write_report",
 ]
