@@ -39,7 +39,7 @@ from xlc_ray.activations.store import Memory, Store, fresh, open_source
 from xlc_ray.config import Config, load_config
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.dictionary.checkpoint import load_dictionary
-from xlc_ray.sweeps.frontier import interpolate, log
+from xlc_ray.sweeps.frontier import frontier, interpolate, log
 from xlc_ray.sweeps.result import Sweep
 from xlc_ray.training import loop
 from xlc_ray.training.together import Run, Together
@@ -195,11 +195,12 @@ def asha(o: argparse.Namespace) -> dict[str, Any]:
     }
     fronts = {name: list(zip(s.pareto()["trial"], s.pareto()["l0"], s.pareto()["fvu"], strict=True))
               for name, s in (("cut", cut), ("full", full))}  # fmt: skip
+    whole = [row[1:] for row in fronts["full"]]
     return {
         "minutes": minutes["cut"],
         "minutes_full": minutes["full"],
         "share_of_full_steps": files.read_mapping(f"{cut.out}/sweep.json")["share_of_full_steps"],
-        "worst_excess": worst_excess([row[1:] for row in fronts["full"]], [row[1:] for row in fronts["cut"]]),
+        "worst_excess": worst_excess([whole[i] for i in frontier(whole)], [row[1:] for row in fronts["cut"]]),
         "frontier": fronts,
     }
 

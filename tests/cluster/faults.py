@@ -20,19 +20,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
+from tests.activations.build import make
 from tests.cluster import hosts
 from tests.cluster.actors import actors
 from tests.cluster.hosts import Hosts
-from tests.cluster.nodes import ROOT, Job, Nodes, wait_for, workers
-from tests.cluster.stage import EVERY, NODES, STEPS, Outcome, Stage
+from tests.cluster.nodes import ROOT, Job, Nodes, steps_in, wait_for, workers
+from tests.cluster.stage import EVERY, NODES, STEPS, Outcome, Stage, equal
+from tests.runs import SITES
 from xlc_ray.activations import store
+from xlc_ray.cluster.sweep import sweep
 from xlc_ray.config import load_config
+from xlc_ray.config.sweep import sweep_of
 from xlc_ray.dictionary import checkpoint
+from xlc_ray.sweeps.result import Sweep
 
 HANG = 20.0
 
@@ -173,6 +179,34 @@ def model_actor_killed(stage: Stage) -> Outcome:
     return Outcome("language-model actor killed while generating", ended, equal, round(recovered - failed, 1), 0)
 
 
+def node_killed_under_a_sweep(stage: Stage) -> Outcome:
+    """All processes of the node that a sweep's second trial trains on; other nodes have room."""
+    stage.nodes.fill(NODES)
+    make(stage.folder / "store/held_out", [40], sites=SITES)
+    tree = {
+        "base": stage.settings.model_dump(mode="json"),
+        "out": f"{stage.folder}/sweep",
+        "space": {"train.lr": {"choice": [0.01, 0.003, 0.001]}},
+        "search": {"max_concurrent": 1},
+    }
+    settings, file = sweep_of(tree, "sweep.yaml"), stage.folder / "sweep.yaml"
+    file.write_text(settings.yaml())
+    undisturbed = sweep(file, {"out": f"{stage.folder}/undisturbed_sweep"}, local=True).frame()
+    job = Job("sweep", settings, stage.nodes)
+    lines = partial(steps_in, stage.folder / "sweep/trials" / undisturbed["trial"][1])
+    wait_for("the second trial", lambda: lines()[-1:] >= [EVERY + EVERY // 2], job)
+    failed = time.monotonic()
+    (trial,) = actors("TrialGroup")
+    stage.nodes.kill(trial.node_id)
+    made = len(lines())
+    wait_for("a step after the failure", lambda: len(lines()) > made, job)
+    recovered, again = time.monotonic(), lines()[made - 1] + 1 - lines()[made]
+    ended = job.finish() == 0
+    found = Sweep(settings.out).frame()
+    same = ended and all(equal(one, other) for one, other in zip(found["out"], undisturbed["out"], strict=True))
+    return Outcome("node killed under a sweep's trial", ended, same, round(recovered - failed, 1), again)
+
+
 def host_cut_off(stage: Stage) -> Outcome:
     """A host's network goes down: its processes live, and reach nobody."""
     job = stage.train("plug", replicas=2)
@@ -200,6 +234,7 @@ CASES: dict[str, Callable[[Stage], Outcome]] = {
         store_away,
         worker_hangs,
         model_actor_killed,
+        node_killed_under_a_sweep,
         host_cut_off,
     )
 }

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from tests.cluster.actors import actors
 from xlc_ray.config import Config
+from xlc_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300.0
@@ -69,6 +70,13 @@ class Nodes:
         shutil.rmtree(self.folder, ignore_errors=True)  # Ray's last processes may still write there
 
 
+def steps_in(run: Path) -> list[int]:
+    """Steps of a run in the order in which they were made."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
 def workers() -> list:
     """Training workers that live."""
     return actors("RayTrainWorker")
@@ -77,7 +85,7 @@ def workers() -> list:
 class Job:
     """A job as a user starts it, in a process of its own."""
 
-    def __init__(self, name: str, config: Config, nodes: Nodes) -> None:
+    def __init__(self, name: str, config: Config | SweepConfig, nodes: Nodes) -> None:
         self.config, self.out = config, Path(config.out)
         self.log = Path(tempfile.mkstemp(prefix=name, dir=nodes.folder)[1])
         settings = self.log.with_suffix(".yaml")
@@ -107,9 +115,7 @@ class Job:
 
     def steps(self) -> list[int]:
         """Steps in the order in which they were made; a step that was made again stands there again."""
-        file = self.out / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+        return steps_in(self.out)
 
     def at_step(self, step: int) -> None:
         """Wait until it was made."""

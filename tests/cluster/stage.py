@@ -66,5 +66,10 @@ class Stage:
 
     def equal(self, job: Job) -> bool:
         """Whether the parameters are those of the undisturbed run."""
-        found, wanted = (checkpoint.load_dictionary(c.out)[0].state_dict() for c in (job.config, self.reference))
-        return all((found[name] - value).abs().max() <= 1e-9 for name, value in wanted.items())
+        return equal(job.config.out, self.reference.out)
+
+
+def equal(run: str, other: str) -> bool:
+    """Whether two runs ended with the same parameters."""
+    found, wanted = (checkpoint.load_dictionary(out)[0].state_dict() for out in (run, other))
+    return all((found[name] - value).abs().max() <= 1e-9 for name, value in wanted.items())

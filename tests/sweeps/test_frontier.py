@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlc_ray.sweeps.frontier import excesses, pareto, scores
+from xlc_ray.sweeps.frontier import excesses, frontier, pareto, scores
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -40,7 +40,26 @@ def test_excess_is_fvu_at_matched_l0():
 def test_none_is_behind_itself_and_the_frontier_is_never_behind(found):
     behind = excesses([(x + 1, y + 1) for x, y in found])
     assert min(behind) >= 0
-    assert all(behind[i] == 0 for i in pareto(found))
+    assert all(behind[i] == 0 for i in frontier([(x + 1, y + 1) for x, y in found]))
+
+
+@given(points)
+def test_the_frontier_leaves_out_only_what_is_clearly_behind_at_nearly_the_same_l0(found):
+    found = [(x + 20, y + 1) for x, y in found]  # whole numbers from 20 on: one apart is 5 % or less
+    front, kept = pareto(found), frontier(found)
+    assert set(kept) <= set(front)
+    assert front[-1:] == kept[-1:], "the least fvu stays"
+    for i in front:
+        near = [b for a, b in found if found[i][0] < a <= 1.05 * found[i][0]]
+        assert (i in kept) == (min(near, default=math.inf) >= 0.9 * found[i][1])
+
+
+def test_a_trial_far_behind_is_not_saved_by_a_hair_less_l0():
+    found = [(8.1, 0.265), (7.9, 0.372), (16, 0.21), (7.8, 0.28)]
+    assert pareto(found[:3]) == [1, 0, 2]
+    assert frontier(found[:3]) == [0, 2]
+    assert excesses(found[:3]) == [0, pytest.approx(math.log(0.372 / 0.265)), 0]
+    assert frontier(found) == [3, 0, 2], "6 % less fvu may be worth 4 % more features"
 
 
 @given(st.floats(0.2, 0.8), st.floats(1.01, 3), st.lists(st.integers(1, 500), min_size=2, max_size=8, unique=True))

@@ -1,8 +1,10 @@
 """Sparsity against fidelity: which trials no other beats, and how far the rest lie behind.
 
-The *frontier* of points (l0, fvu) are those that no other point equals or beats in both. Between its points it is read
-off a straight line in (log l0, log fvu); beyond its last, more features are taken to give nothing more. The *excess* of
-a trial is fvu at matched l0,
+Of points (l0, fvu) those are not dominated that no other equals or beats in both. Measured l0 differ by a few per cent
+between trials of the same k, so that a trial far behind another would often be so by being a little sparser. The
+*frontier* therefore leaves out a point where another, with at most NEAR more l0, has less than 1 − CLEAR of its fvu.
+Between its points it is read off a straight line in (log l0, log fvu); beyond its last, more features are taken to give
+nothing more. The *excess* of a trial is fvu at matched l0,
 
     excess = log fvu - log (the frontier's fvu at the trial's l0)
 
@@ -20,6 +22,9 @@ Metrics = Mapping[str, float | None]
 Point = tuple[float, float]
 HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio", "ce_recovered", "top1_agreement")
 SMALL = 1e-9
+NEAR = 0.05
+CLEAR = 0.1
+"""What 5 % of the features are worth is much less than 10 % of fvu."""
 
 
 def cost(name: str, metrics: Metrics) -> float:
@@ -40,6 +45,17 @@ def pareto(points: Sequence[Point]) -> list[int]:
     return found
 
 
+def frontier(points: Sequence[Point]) -> list[int]:
+    """Indices of the points (l0, fvu) of the frontier, by rising l0."""
+    front = pareto(points)
+
+    def clearly_behind(at: int) -> bool:
+        x, y = points[front[at]]
+        return any(points[j][0] <= (1 + NEAR) * x and points[j][1] < (1 - CLEAR) * y for j in front[at + 1 :])
+
+    return [i for at, i in enumerate(front) if not clearly_behind(at)]
+
+
 def interpolate(one: Point, other: Point, x: float) -> float:
     """The line through two points at x."""
     share = (x - one[0]) / (other[0] - one[0])
@@ -48,7 +64,7 @@ def interpolate(one: Point, other: Point, x: float) -> float:
 
 def excesses(points: Sequence[Point]) -> list[float]:
     """The excess of each point (l0, fvu) over the frontier of all; infinite where a coordinate is not finite."""
-    front = pareto(points)
+    front = frontier(points)
     line = [(log(points[i][0]), log(points[i][1])) for i in front]
 
     def excess(i: int) -> float:
@@ -57,7 +73,8 @@ def excesses(points: Sequence[Point]) -> list[float]:
         if not all(map(math.isfinite, points[i])):
             return math.inf
         x, y = log(points[i][0]), log(points[i][1])
-        after = bisect.bisect_right([at for at, _ in line], x)
+        after = max(1, bisect.bisect_right([at for at, _ in line], x))
+        x = max(x, line[0][0])
         return y - (interpolate(line[after - 1], line[after], x) if after < len(line) else line[-1][1])
 
     return [excess(i) for i in range(len(points))]
