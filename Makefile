@@ -1,12 +1,14 @@
 # What people and CI type. `make install` is the first step of every other target, and is done once. Tests run in two
 # processes, a file in one of them, but for those that start Ray: one after another, each cluster takes the whole machine.
+# Those of them that are slow wait much, for what they have killed to be missed: the other slow ones run beside them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -ra
+PYTEST := $(BIN)/python -m pytest -ra --durations=12
+BESIDE := $(VENV)/slow.log
 SPREAD := -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-slow check format schema clean
@@ -37,8 +39,9 @@ test: install
 	$(PYTEST) -m "not slow and cluster"
 
 test-slow: install
-	$(PYTEST) $(SPREAD) -m "slow and not cluster"
-	$(PYTEST) -m "slow and cluster"
+	nice -n 5 $(PYTEST) $(SPREAD) -m "slow and not cluster" > $(BESIDE) 2>&1 & beside=$$!; trap "kill $$beside" INT TERM; \
+	$(PYTEST) -m "slow and cluster"; status=$$?; \
+	wait $$beside || status=1; cat $(BESIDE); exit $$status
 
 check: install
 	$(BIN)/ruff format --check .
