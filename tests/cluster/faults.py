@@ -83,9 +83,9 @@ def driver_killed(stage: Stage) -> Outcome:
     """SIGKILL to the driver, then the same command again."""
     job = stage.train("driver", replicas=2)
     job.at_step(EVERY + EVERY // 2)
-    failed = time.monotonic()
+    failed, ranks = time.monotonic(), [worker.pid for worker in workers()]
     job.kill()
-    wait_for("the end of its workers", lambda: not workers())
+    wait_for("the end of its workers", lambda: not any(map(living, ranks)))
     made = len(job.steps())
     return stage.outcome("driver killed, job submitted again", stage.train("driver", replicas=2), failed, made)
 
@@ -106,7 +106,7 @@ def checkpoint_cut(stage: Stage) -> Outcome:
         failed = time.monotonic()
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
-        wait_for("the end of the ranks", lambda pids=ranks: not any(Path(f"/proc/{pid}/fd").exists() for pid in pids))
+        wait_for("the end of the ranks", lambda pids=ranks: not any(map(living, pids)))
         made = len(job.steps())
     return stage.outcome("checkpoint cut in the middle of writing", job, failed, made)
 
@@ -216,6 +216,11 @@ def host_cut_off(stage: Stage) -> Outcome:
     stage.nodes.cut_off(workers()[0].node_id)
     wait_for("the worker group's end", lambda: "a worker failed" in job.output() or "no step for" in job.output(), job)
     return stage.outcome("host cut off from the network, a spare is there", job, failed, len(job.steps()))
+
+
+def living(pid: int) -> bool:
+    """Whether a process has not ended yet."""
+    return Path(f"/proc/{pid}/fd").exists()
 
 
 def chunks(path: Path) -> dict[str, bytes]:

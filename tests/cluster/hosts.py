@@ -19,6 +19,7 @@ from tests.cluster.conftest import RAY
 from tests.cluster.nodes import Nodes, wait_for
 
 SUBNET = "10.199.77"
+TRIES = 5
 
 
 def ip(*words: str) -> str:
@@ -48,10 +49,14 @@ class Host:
     address: str
     process: subprocess.Popen
 
+    def joins(self) -> bool:
+        """Whether it comes to be there: Ray gives up after 30 s, which a busy machine may need."""
+        wait_for(f"host {self.address}", lambda: self._alive() or self.process.poll() is not None)
+        return bool(self._alive())
+
     @cached_property
     def node_id(self) -> str:
-        """Ray's name of it, once it is there."""
-        wait_for(f"host {self.address}", self._alive)
+        """Ray's name of it."""
         return self._alive()[0]
 
     def _alive(self) -> list[str]:
@@ -80,16 +85,20 @@ class Hosts(Nodes):
         ip(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
         ip(*inside, "link", "set", "eth0", "up")
         ip(*inside, "link", "set", "lo", "up")
+        for _ in range(TRIES):
+            host = Host(name, address, self._start(name, address))
+            if host.joins():  # one after another: they choose names in one folder
+                return host
+        raise TimeoutError(f"host {address} did not join in {TRIES} tries")
+
+    def _start(self, name: str, address: str) -> subprocess.Popen:
         node = [RAY, "start", "--block", f"--address={self.cluster.address}", f"--node-ip-address={address}"]
-        process = subprocess.Popen(
+        return subprocess.Popen(
             ["ip", "netns", "exec", name, *node, "--num-cpus=1"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        host = Host(name, address, process)
-        assert host.node_id, "one joins after another: they choose names in one folder"
-        return host
 
     def cut_off(self, node_id: str) -> None:
         """Pull a host's plug: its processes live, and reach nobody."""
