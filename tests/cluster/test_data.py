@@ -7,8 +7,10 @@ import pytest
 import ray
 import torch
 
+from tests.activations.test_compact import whole
 from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
+from xlc_ray.activations.packed import Unpacker
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.cluster import data
 from xlc_ray.cluster.cli import find_user_error
@@ -105,3 +107,30 @@ def test_a_damaged_chunk_reaches_the_user_as_one_line(cluster, tmp_path, tiny_co
     mistake = find_user_error(error.value)
     assert isinstance(mistake, UserError)
     assert "chunk_1.hdf5: cut or altered: 1000 bytes" in str(mistake)
+
+
+def test_packed_rows_arrive_as_they_were_read(cluster, tmp_path):
+    """int8 rows in a quarter of the bytes, straddling windows, over several epochs and shared by replicas."""
+    generator = torch.Generator().manual_seed(1)
+    chunks = [{site: torch.randn(n, 8, generator=generator).numpy() for site in SITES} for n in ROWS]
+    chunks[0][SITES[0]][500, 3] = 1e4  # an outlier
+    opened = whole(str(tmp_path / "store"), chunks, WIDTHS)
+    for replica in range(2):
+        args = (opened, order_of(opened), SITES, BATCH, 3, 3 + 2 * sum(ROWS) // BATCH, replica, 2)
+        found = list(data.packed_replica_batches(*args))
+        assert {q.dtype for batch in found for rows in batch for q in rows.values.values()} == {np.dtype(np.int8)}
+        unpack = Unpacker(torch.device("cpu"))
+        for batch, wanted in zip(found, source.batches(*args), strict=True):
+            numbers = {site: torch.empty(BATCH // 2, 8) for site in SITES}
+            unpack(batch, numbers)
+            assert all(torch.equal(numbers[site], wanted[site]) for site in SITES)
+
+
+def test_a_window_in_the_object_store_is_a_quarter(tmp_path):
+    width, rows = 64, 4096
+    x = np.random.default_rng(0).standard_t(3, (rows, width)).astype(np.float32)  # heavy tails
+    opened = whole(str(tmp_path / "store"), [{"mlp_in.0": x}], {"mlp_in.0": width})
+    table = data._table(opened.packed(np.zeros(rows, int), np.arange(rows), ["mlp_in.0"]))
+    assert 0.25 < table.nbytes / x.nbytes < 0.3
+    (found,) = data._of_table(table)
+    assert not found.values["mlp_in.0"].flags.writeable, "it is read where it lies"

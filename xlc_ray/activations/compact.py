@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from xlc_ray.activations.manifest import ChunkRecord, Manifest, Span
+from xlc_ray.activations.packed import PackedRows
 
 LARGEST = 127
 _RARE = 1000  # one row in so many may be an outlier of a channel
 _ROWS = 64
-_BLOCK = 256  # rows that stay in a core's cache while they are unpacked
 _ENTRY = np.dtype([("row", "<i4"), ("channel", "<i4"), ("value", "<f4")])
 
 Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
@@ -75,68 +74,84 @@ def _interval(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unpack(packed: Packed) -> np.ndarray:
     """All rows of a site, float32 [rows, d]."""
     rows, d = packed.values.shape
-    out = np.empty((rows, d), np.float32)
-    head = _Head.of(packed.side[: _head_bytes(rows, d)], d)
-    head.unpack(packed.values, np.arange(rows), packed.side[_head_bytes(rows, d) :].view(_ENTRY), out)
+    out, end = np.empty((rows, d), np.float32), _head_bytes(rows, d)
+    head = _Head.of(packed.side[:end], d)
+    outliers = _of_rows(packed.side[end:].view(_ENTRY), np.arange(rows), np.arange(rows))
+    whole = PackedRows({"": packed.values}, np.zeros(rows, np.int32), {"": head.scales[:, None]}, {"": outliers})
+    whole.unpack({"": out})
     return out
 
 
-def unpack_rows(
-    read: Read, manifest: Manifest, chunk: np.ndarray, row: np.ndarray, packed: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Rows sorted by chunk [n] and row [n], {site: int8 [n, d]} → {site: float32 [n, d]}, by two rounds of `read`."""
-    out = {site: np.empty(values.shape, np.float32) for site, values in packed.items()}
-    ends = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-    parts = [slice(start, stop) for start, stop in pairwise(ends) if stop > start]
-    asked = [(site, part, manifest.chunks[chunk[part.start]]) for part in parts for site in packed]
+def packed_rows(
+    read: Read, manifest: Manifest, chunk: np.ndarray, row: np.ndarray, values: Mapping[str, np.ndarray]
+) -> PackedRows:
+    """Any rows, chunk [n] and row [n], of which `values` {site: int8 [n, d]} are there: with all else that it takes to
+    unpack them, by two rounds of `read`."""
+    parts = _by_chunk(chunk, row)
+    asked = [(site, part, manifest.chunks[chunk[part[0]]]) for part in parts for site in values]
     heads = [
         _Head.of(np.frombuffer(raw, np.uint8), manifest.sites[site])
         for (site, _, _), raw in zip(asked, read([_head_span(manifest, *one) for one in asked]), strict=True)
     ]
     wanted = [list(_outlier_spans(manifest, head, row[one[1]], *one)) for head, one in zip(heads, asked, strict=True)]
     found = iter(read([span for spans in wanted for span in spans]))
+    which = np.zeros(len(row), np.int32)
+    for number, part in enumerate(parts):
+        which[part] = number
+    scales = {site: np.empty((2, len(parts), q.shape[1]), np.float32) for site, q in values.items()}
+    outliers = {site: [np.empty((0, 3), np.int32)] for site in values}
     for (site, part, _), head, spans in zip(asked, heads, wanted, strict=True):
+        scales[site][:, which[part[0]]] = head.scales
         blobs = [np.frombuffer(next(found), _ENTRY) for _ in spans]
-        entries = np.concatenate(blobs) if blobs else np.empty(0, _ENTRY)
-        head.unpack(packed[site][part], row[part], entries, out[site][part])
-    return out
+        if blobs:
+            outliers[site].append(_of_rows(np.concatenate(blobs), row[part], part))
+    return PackedRows(values, which, scales, {site: _by_rows(entries) for site, entries in outliers.items()})
+
+
+def _by_chunk(chunk: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
+    """For each chunk that rows are of, which of them: indices of chunk [n] and row [n], by ascending rows."""
+    order = np.lexsort((row, chunk))
+    return [part for part in np.split(order, np.flatnonzero(np.diff(chunk[order])) + 1) if len(part)]
 
 
 @dataclass(frozen=True)
 class _Head:
-    centre: np.ndarray
-    scale: np.ndarray
+    scales: np.ndarray
+    """Centre and scale, float32 [2, d]."""
     starts: np.ndarray
 
     @staticmethod
     def of(raw: np.ndarray, d: int) -> _Head:
-        return _Head(raw[: 4 * d].view("<f4"), raw[4 * d : 8 * d].view("<f4"), raw[8 * d :].view("<i4"))
+        return _Head(raw[: 8 * d].view("<f4").reshape(2, d), raw[8 * d :].view("<i4"))
 
-    def unpack(self, values: np.ndarray, row: np.ndarray, entries: np.ndarray, out: np.ndarray) -> None:
-        """Rows `row` [n] of the chunk, into float32 `out`; entries, ascending, hold all of their outliers."""
-        packed, numbers, centre, scale = (
-            torch.from_numpy(np.require(array, requirements=["W"])) for array in (values, out, self.centre, self.scale)
-        )
-        for start in range(0, len(row), _BLOCK):
-            block = numbers[start : start + _BLOCK]
-            block.copy_(packed[start : start + _BLOCK]).mul_(scale).add_(centre)
-        first, last = (np.searchsorted(entries["row"], row, side) for side in ("left", "right"))
-        count = last - first
-        which = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
-        out[np.repeat(np.arange(len(row)), count), entries["channel"][which]] = entries["value"][which]
+
+def _of_rows(entries: np.ndarray, row: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """The outliers of rows `row` (ascending, perhaps repeated) of a chunk among `entries`, as [outliers, 3], where they
+    are of rows `to`."""
+    first, last = (np.searchsorted(entries["row"], row, side) for side in ("left", "right"))
+    count = last - first
+    which = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+    found = entries[which].view("<i4").reshape(-1, 3)
+    found[:, 0] = np.repeat(to, count)
+    return found
+
+
+def _by_rows(parts: Sequence[np.ndarray]) -> np.ndarray:
+    entries = np.concatenate(parts)
+    return entries[np.argsort(entries[:, 0], kind="stable")]
 
 
 def _head_bytes(rows: int, d: int) -> int:
     return 8 * d + 4 * (-(-rows // _ROWS) + 1)
 
 
-def _head_span(manifest: Manifest, site: str, part: slice, record: ChunkRecord) -> Span:
+def _head_span(manifest: Manifest, site: str, part: np.ndarray, record: ChunkRecord) -> Span:
     start = record.sides[site]
     return Span(record, start, start + _head_bytes(record.rows, manifest.sites[site]))
 
 
 def _outlier_spans(
-    manifest: Manifest, head: _Head, row: np.ndarray, site: str, part: slice, record: ChunkRecord
+    manifest: Manifest, head: _Head, row: np.ndarray, site: str, part: np.ndarray, record: ChunkRecord
 ) -> Iterator[Span]:
     """Where the outliers of these rows are: neighbouring blocks of rows in one span, no span without an outlier."""
     base = record.sides[site] + _head_bytes(record.rows, manifest.sites[site])

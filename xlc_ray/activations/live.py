@@ -15,7 +15,7 @@ import numpy as np
 
 from xlc_ray import files
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
-from xlc_ray.activations.store import Memory, Store, fresh
+from xlc_ray.activations.store import Store
 from xlc_ray.activations.writing import fingerprint, merged_moments, missing_chunks, read_plan, read_record
 from xlc_ray.config import UserError
 
@@ -68,16 +68,13 @@ class LiveStore(Store):
     def kept_rows(self) -> list[int]:
         return self.chunk_rows[: self.sample]
 
-    def gather(
-        self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str], memory: Memory = fresh
-    ) -> dict[str, np.ndarray]:
-        """Rows of the sample. Raises UserError on others."""
+    def _check(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> None:
         if len(chunk) and int(chunk.max()) >= self.sample:
             raise UserError(
                 f"source.kind: live: rows beyond the sample at {self.path} are there only while jobs/train.py runs; "
                 "give a store: source.kind: store"
             )
-        return super().gather(chunk, row, sites, memory)
+        super()._check(chunk, row, sites)
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """Mean, unbiased deviation and mean norm of every site over the sample."""

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ import torch
 from xlc_ray import files
 from xlc_ray.activations.chunkfile import as_tensor
 from xlc_ray.activations.order import Order, Window
+from xlc_ray.activations.packed import PackedBatch, PackedRows
 from xlc_ray.activations.store import Memory, Store, fresh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,22 +62,37 @@ def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> I
     A batch within one block that may be written to is a view of it, and keeps it alive.
     """
     batch: dict[str, np.ndarray] = {}
+    for block, start, stop, at in _cut(blocks, rows, lambda block: len(next(iter(block.values())))):
+        if stop - start == rows:
+            yield {site: as_tensor(array[start:stop], dtype) for site, array in block.items()}
+            continue
+        batch = batch or {site: np.empty((rows, *a.shape[1:]), a.dtype) for site, a in block.items()}
+        for site, array in block.items():
+            batch[site][at : at + stop - start] = array[start:stop]
+        if at + stop - start == rows:
+            yield {site: as_tensor(array, dtype) for site, array in batch.items()}
+            batch = {}
+
+
+def rebatch_packed(blocks: Iterable[PackedRows], rows: int) -> Iterator[PackedBatch]:
+    """Likewise, of rows that stay packed. A batch is views of its blocks."""
+    batch: PackedBatch = ()
+    for block, start, stop, at in _cut(blocks, rows, len):
+        batch = *batch, block.part(start, stop)
+        if at + stop - start == rows:
+            yield batch
+            batch = ()
+
+
+def _cut(blocks: Iterable[T], rows: int, size: Callable[[T], int]) -> Iterator[tuple[T, int, int, int]]:
+    """Parts of blocks that each lie in one batch: block, first row, the row after its last, and its place there."""
     have = 0
     for block in blocks:
-        size, used = len(next(iter(block.values()))), 0
-        while used < size:
-            count = min(rows - have, size - used)
-            if count == rows:
-                yield {site: as_tensor(array[used : used + rows], dtype) for site, array in block.items()}
-                used += rows
-                continue
-            batch = batch or {site: np.empty((rows, *a.shape[1:]), a.dtype) for site, a in block.items()}
-            for site, array in block.items():
-                batch[site][have : have + count] = array[used : used + count]
-            used, have = used + count, have + count
-            if have == rows:
-                yield {site: as_tensor(array, dtype) for site, array in batch.items()}
-                batch, have = {}, 0
+        used, end = 0, size(block)
+        while used < end:
+            count = min(rows - have, end - used)
+            yield block, used, used + count, have
+            used, have = used + count, (have + count) % rows
     assert have == 0, "blocks hold whole batches"
 
 
@@ -92,17 +111,38 @@ def batches(
     dtype: a dictionary widens what it reads as it lays sites side by side.
 
     Windows of local files are read into `memory`, one after all batches of the window before it were asked for."""
-    share, local = Share(batch_rows, start_batch, stop_batch, replica, replicas), not files.is_url(store.path)
-
-    def blocks() -> Iterator[dict[str, np.ndarray]]:
-        for _, chunk, row in share.parts(order, share.windows(order)):
-            yield store.gather(chunk, row, sites, memory if local else fresh)
-
-    found = blocks() if local else ahead(blocks())  # a disk is read ahead by the system
-    return rebatch(found, batch_rows // replicas, store.dtype)
+    share, into = Share(batch_rows, start_batch, stop_batch, replica, replicas), fresh if _is_far(store) else memory
+    blocks = _blocks(store, order, share, lambda chunk, row: store.gather(chunk, row, sites, into))
+    return rebatch(blocks, batch_rows // replicas, store.dtype)
 
 
-def ahead(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+def packed_batches(
+    store: Store,
+    order: Order,
+    sites: Sequence[str],
+    batch_rows: int,
+    start_batch: int,
+    stop_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[PackedBatch]:
+    """The same batches of a store of int8, still to be unpacked."""
+    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    blocks = _blocks(store, order, share, lambda chunk, row: store.packed(chunk, row, sites))
+    return rebatch_packed(blocks, batch_rows // replicas)
+
+
+def _blocks(store: Store, order: Order, share: Share, read: Callable[[np.ndarray, np.ndarray], T]) -> Iterator[T]:
+    """What is read of each window. A disk is read ahead by the system, what is far away by us."""
+    blocks = (read(chunk, row) for _, chunk, row in share.parts(order, share.windows(order)))
+    return ahead(blocks) if _is_far(store) else blocks
+
+
+def _is_far(store: Store) -> bool:
+    return files.is_url(store.path)
+
+
+def ahead(blocks: Iterator[T]) -> Iterator[T]:
     """The same blocks, each read in another thread while the one before it is used: two are held."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, blocks, None)

@@ -2,7 +2,8 @@
 
 Local files are read by the manifest's offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
 (ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
-as uint16 bits) until `decode`; int8 (compact.py) is float32, bfloat16_zstd (lossless.py) bfloat16 as soon as read.
+as uint16 bits) until `decode`. As soon as they are read bfloat16_zstd (lossless.py) is bfloat16 and int8 (compact.py)
+float32, or rows that are still to be unpacked (packed.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from xlc_ray.activations import chunkfile, compact, foreign, http, lossless, ran
 from xlc_ray.activations.cache import DiskCache
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
+from xlc_ray.activations.packed import PackedRows
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
@@ -164,26 +166,31 @@ class Store:
     ) -> dict[str, np.ndarray]:
         """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}, in arrays that `memory` gives. Raises
         UserError naming a damaged file."""
+        self._check(chunk, row, sites)
+        out = memory({site: self.manifest.sites[site] for site in sites}, len(row), stored_dtype(self.dtype))
+        if self.dtype == "int8":
+            self.packed(chunk, row, sites).unpack(out)
+        else:
+            self._fill(chunk, row, out)
+        return out
+
+    def packed(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> PackedRows:
+        """The same rows of a store of int8, not yet unpacked. Raises UserError as `gather`."""
+        self._check(chunk, row, sites)
+        values = fresh({site: self.manifest.sites[site] for site in sites}, len(row), chunkfile.on_disk("int8"))
+        self._fill(chunk, row, values)
+        return compact.packed_rows(self._bytes, self.manifest, chunk, row, values)
+
+    def _check(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> None:
         for site in sites:
             if site not in self.manifest.sites:
                 raise UserError(f"{self.path}: has no site {site}; allowed: {', '.join(self.manifest.sites)}")
-        widths = {site: self.manifest.sites[site] for site in sites}
-        out = memory(widths, len(row), stored_dtype(self.dtype))
-        order = np.lexsort((row, chunk))
         assert not len(row) or (row.min() >= 0 and (row < np.array(self.chunk_rows)[chunk]).all()), "rows exist"
-        chunk, row = chunk[order], row[order]
-        if self.dtype != "int8":
-            self._fill(chunk, row, order, out)
-            return out
-        packed = fresh(widths, len(row), chunkfile.on_disk("int8"))
-        self._fill(chunk, row, np.arange(len(row)), packed)
-        found, back = compact.unpack_rows(self._bytes, self.manifest, chunk, row, packed), np.argsort(order)
-        for site, values in found.items():
-            np.take(values, back, axis=0, out=out[site])
-        return out
 
-    def _fill(self, chunk: np.ndarray, row: np.ndarray, to: np.ndarray, out: dict[str, np.ndarray]) -> None:
-        """Copy rows, in the order of chunks and within them, to rows `to` of each site's array in `out`."""
+    def _fill(self, chunk: np.ndarray, row: np.ndarray, out: dict[str, np.ndarray]) -> None:
+        """Copy rows as they are stored into each site's array of `out`."""
+        to = np.lexsort((row, chunk))
+        chunk, row = chunk[to], row[to]
         if self.dtype == lossless.DTYPE:
             lossless.fill(self._bytes, self.path, self.manifest, chunk, row, to, out)
             return

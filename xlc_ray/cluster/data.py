@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,8 @@ import torch
 from ray.data.extensions import ArrowTensorArray
 
 from xlc_ray.activations.order import Order
-from xlc_ray.activations.source import Share, rebatch
+from xlc_ray.activations.packed import PackedBatch, PackedRows
+from xlc_ray.activations.source import Share, rebatch, rebatch_packed
 from xlc_ray.activations.store import Store, stored_dtype
 from xlc_ray.cluster.blocks import Tasks, data_context
 
@@ -32,7 +35,7 @@ PIPELINE_TASKS = 1024
 PREFETCH = 2
 """Windows held ready for the trainer."""
 
-Block = dict[str, np.ndarray]
+Read = Callable[[list[ray.ObjectRef], range, tuple[str, ...], Share], Iterator[pa.Table]]
 
 
 def replica_batches(
@@ -51,18 +54,38 @@ def replica_batches(
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
     """
     share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    tables = _tables(store, order, sites, share, stored_dtype(store.dtype).itemsize, _read, "numpy")
+    return rebatch(tables, batch_rows // replicas, store.dtype)
+
+
+def packed_replica_batches(
+    store: Store,
+    order: Order,
+    sites: Sequence[str],
+    batch_rows: int,
+    start_batch: int,
+    stop_batch: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[PackedBatch]:
+    """Likewise of a store of int8, equal to `activations.source.packed_batches`."""
+    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    tables = _tables(store, order, sites, share, 1, _read_packed, "pyarrow")
+    return rebatch_packed((rows for table in tables for rows in _of_table(table)), batch_rows // replicas)
+
+
+def _tables(
+    store: Store, order: Order, sites: Sequence[str], share: Share, itemsize: int, read: Read, batch_format: str
+) -> Iterator[Any]:
+    """What `read` yields of the share's windows, in tasks of a few. A number has `itemsize` bytes."""
     windows = share.windows(order)
-    row_bytes = sum(store.manifest.sites[site] for site in sites) * stored_dtype(store.dtype).itemsize
-    window_bytes = order.epoch_rows * row_bytes // (order.epoch_windows * replicas)
+    row_bytes = sum(store.manifest.sites[site] for site in sites) * itemsize
+    window_bytes = order.epoch_rows * row_bytes // (order.epoch_windows * share.replicas)
     source = ray.put((store, order))
     reads = (
-        functools.partial(_read, [source], windows[i : i + TASK_WINDOWS], tuple(sites), share)
+        functools.partial(read, [source], windows[i : i + TASK_WINDOWS], tuple(sites), share)
         for i in range(0, len(windows), TASK_WINDOWS)
     )
-    return rebatch(_blocks(reads, window_bytes), batch_rows // replicas, store.dtype)
-
-
-def _blocks(reads: Iterator[functools.partial[Iterator[pa.Table]]], window_bytes: int) -> Iterator[Block]:
     while some := list(itertools.islice(reads, PIPELINE_TASKS)):
         tasks = Tasks("Activations", some, window_bytes * TASK_WINDOWS)
         # A task's blocks are joined up to the target: less than a window leaves every window a block of its own.
@@ -72,7 +95,7 @@ def _blocks(reads: Iterator[functools.partial[Iterator[pa.Table]]], window_bytes
             )
             dataset.set_name("training")
             (blocks,) = dataset.streaming_split(1)
-        yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
+        yield from blocks.iter_batches(batch_size=None, batch_format=batch_format, prefetch_batches=PREFETCH)
 
 
 def _read(source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], share: Share) -> Iterator[pa.Table]:
@@ -80,6 +103,34 @@ def _read(source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], s
     for _, chunk, row in share.parts(order, windows):
         found = store.gather(chunk, row, sites)
         yield pa.table({site: ArrowTensorArray.from_numpy(values) for site, values in found.items()})
+
+
+def _read_packed(
+    source: list[ray.ObjectRef], windows: range, sites: tuple[str, ...], share: Share
+) -> Iterator[pa.Table]:
+    store, order = _source(source[0])
+    for _, chunk, row in share.parts(order, windows):
+        yield _table(store.packed(chunk, row, sites))
+
+
+def _table(rows: PackedRows) -> pa.Table:
+    """A window as one row of bytes, which Ray Data cannot cut: what is common to its rows stays with them."""
+    arrays: list[pickle.PickleBuffer] = []
+    plan = pickle.dumps(rows, protocol=5, buffer_callback=arrays.append)
+    cells = [pa.py_buffer(plan), *(pa.py_buffer(array.raw()) for array in arrays)]
+    return pa.table({str(n): _cell(buffer) for n, buffer in enumerate(cells)})
+
+
+def _cell(buffer: pa.Buffer) -> pa.Array:
+    ends = pa.py_buffer(np.array([0, buffer.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, buffer])
+
+
+def _of_table(table: pa.Table) -> Iterator[PackedRows]:
+    """The windows of a table; their arrays lie where the table does."""
+    for n in range(table.num_rows):
+        plan, *arrays = (column[n].as_buffer() for column in table.columns)
+        yield pickle.loads(plan, buffers=arrays)
 
 
 @functools.lru_cache(maxsize=2)

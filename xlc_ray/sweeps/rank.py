@@ -80,7 +80,7 @@ class TrialRank:
             for task in tasks
         }
         # Read in this process: several trials share a machine, where readers of their own would outnumber learners.
-        reader = loop.in_process(longest, self.data, shards)
+        reader = loop.in_process(longest, self.data, shards, device)
         self.together = Together(runs, self.data, shards, reader, device)
 
     def advance(self) -> tuple[int, dict[str, Found | Diverged]]:

@@ -2,7 +2,8 @@
 knows it.
 
 On the CPUs of one machine the ranks look at the same memory (rooms.py); else the leader broadcasts. On a GPU a batch
-leaves pinned memory, in the dtype of the store, on a stream of its own while the step before it runs.
+leaves pinned memory, in the dtype of the store, on a stream of its own while the step before it runs. Rows of int8 go
+to a GPU packed, and are float32 from there on (packed.py); on CPUs readers, which run beside the ranks, unpack them.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xlc_ray.activations.source import Memory
-from xlc_ray.activations.store import torch_dtype
+from xlc_ray.activations.packed import PackedBatch, Unpacker
+from xlc_ray.activations.store import Memory, torch_dtype
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.training.rooms import Rooms
 
 Batches = Iterator[Mapping[str, Tensor]]
-Reader = Callable[[Wiring, int, Memory], Batches]
+Read = Iterator[Mapping[str, Tensor] | PackedBatch]
+Reader = Callable[[Wiring, int, Memory], Read]
 """(wiring, first step, memory to read windows into) → this replica's share of each global batch from that step to the
-last."""
+last. Packed or not is for each reader to choose: `goes_packed` says what is best."""
 
 
 Feed = Callable[[Wiring, int], Batches]
 """Likewise, for every rank, on its device."""
+
+
+def goes_packed(dtype: str, device: torch.device) -> bool:
+    """Whether batches of a store are unpacked on the device."""
+    return dtype == "int8" and device.type == "cuda"
 
 
 def for_all_ranks(config: Config, dtype: str, reader: Reader, shards: Shards, device: torch.device) -> Feed:
@@ -59,15 +66,18 @@ class Shape:
     def numbers(self) -> int:
         return self.rows * sum(self.widths.values())
 
+    def by_site(self, buffer: Tensor) -> dict[str, Tensor]:
+        """A batch that lies in one buffer, a site after another: views of it."""
+        parts = buffer.split([self.rows * width for width in self.widths.values()])
+        return {site: part.view(self.rows, -1) for site, part in zip(self.widths, parts, strict=True)}
+
     def rooms(self) -> tuple[int, int]:
         """Bytes of a window and of a batch."""
         row = sum(self.widths.values()) * self.dtype.itemsize
         return self.window_rows * row + 64 * len(self.widths), self.rows * row
 
 
-def shared(
-    read: Callable[[Memory], Batches], count: int, shape: Shape, shards: Shards, device: torch.device
-) -> Batches:
+def shared(read: Callable[[Memory], Read], count: int, shape: Shape, shards: Shards, device: torch.device) -> Batches:
     """`count` batches (site → [rows, width], on `device`), equal on all ranks of a replica.
 
     `read` is called on the leader only. Batches have the store's `dtype` from the disk to the encoder, and stay as they
@@ -78,18 +88,31 @@ def shared(
     batches = _led(read, rooms) if alone or shards.rank == 0 else None
     if on_cpu and alone:
         assert batches is not None, "one rank leads"
-        yield from batches
+        yield from _unpacked(batches, shape)
     elif rooms.shared:
+        numbers = None if batches is None else _unpacked(batches, shape)
         for _ in range(count):
-            yield _looked_at(rooms, batches, shape, shards)
+            yield _looked_at(rooms, numbers, shape, shards)
     else:
         yield from _sent(batches, count, shape, shards, device)
 
 
-def _led(read: Callable[[Memory], Batches], rooms: Rooms) -> Batches:
+def _led(read: Callable[[Memory], Read], rooms: Rooms) -> Read:
     for batch in read(rooms.window):
-        rooms.hand_out(batch)
+        rooms.hand_out(batch if isinstance(batch, Mapping) else {})  # packed rows lie in no room
         yield batch
+
+
+def _unpacked(batches: Read, shape: Shape) -> Batches:
+    """On the CPU."""
+    unpack = Unpacker(torch.device("cpu"))
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            yield batch
+        else:
+            numbers = shape.by_site(torch.empty(shape.numbers, dtype=shape.dtype))
+            unpack(batch, numbers)
+            yield numbers
 
 
 def _looked_at(rooms: Rooms, batches: Batches | None, shape: Shape, shards: Shards) -> Mapping[str, Tensor]:
@@ -103,34 +126,40 @@ def _looked_at(rooms: Rooms, batches: Batches | None, shape: Shape, shards: Shar
     return {site: rooms.at(place, (shape.rows, width), shape.dtype) for (site, width), place in places}
 
 
-def _sent(batches: Batches | None, count: int, shape: Shape, shards: Shards, device: torch.device) -> Batches:
+def _sent(batches: Read | None, count: int, shape: Shape, shards: Shards, device: torch.device) -> Batches:
     """Each batch in memory of its own, the one after it on its way to a GPU."""
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: Tensor | None = None
+    unpack, ahead = Unpacker(device), None
     for i in range(count):
-        now = _next(batches, shape, shards, device, side) if ahead is None else ahead
+        now = _next(batches, unpack, shape, shards, device, side) if ahead is None else ahead
         ahead = None
         if side is not None:
             torch.cuda.current_stream(device).wait_stream(side)
             now.record_stream(torch.cuda.current_stream(device))
             if i + 1 < count:
-                ahead = _next(batches, shape, shards, device, side)
-        parts = now.split([shape.rows * width for width in shape.widths.values()])
-        yield {site: part.view(shape.rows, -1) for site, part in zip(shape.widths, parts, strict=True)}
+                ahead = _next(batches, unpack, shape, shards, device, side)
+        yield shape.by_site(now)
 
 
 def _next(
-    batches: Batches | None, shape: Shape, shards: Shards, device: torch.device, side: torch.cuda.Stream | None
+    batches: Read | None,
+    unpack: Unpacker,
+    shape: Shape,
+    shards: Shards,
+    device: torch.device,
+    side: torch.cuda.Stream | None,
 ) -> Tensor:
-    """The next batch, one site after another, on the device; copied and sent on the stream `side`."""
+    """The next batch, one site after another, on the device; copied, unpacked and sent on the stream `side`."""
+    batch = None if batches is None else next(batches)
     with torch.cuda.stream(side):
-        if batches is None:
-            buffer = torch.empty(shape.numbers, dtype=shape.dtype, device=device)
-        else:
-            batch = next(batches)
+        if isinstance(batch, Mapping):
             buffer = torch.cat([batch[site].reshape(-1) for site in shape.widths])
             if side is not None:
                 buffer = buffer.pin_memory().to(device, non_blocking=True)
+        else:
+            buffer = torch.empty(shape.numbers, dtype=shape.dtype, device=device)
+            if batch is not None:
+                unpack(batch, shape.by_site(buffer))
         if shards.group is not None:
             source = dist.get_global_rank(shards.group, 0)
             dist.broadcast(buffer.view(torch.uint8), src=source, group=shards.group)

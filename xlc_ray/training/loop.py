@@ -18,13 +18,14 @@ from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
-from xlc_ray.training.feed import Batches, Feed, Reader, Shape, for_all_ranks, shared
+from xlc_ray.training.feed import Feed, Read, Reader, Shape, for_all_ranks, goes_packed, shared
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.logs import Log
 from xlc_ray.training.resampling import resample
 from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
+CPU = torch.device("cpu")
 FREE = (
     "out",
     "cluster",
@@ -74,14 +75,13 @@ def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
     return order.Order(chunk_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
 
 
-def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
-    """A reader without a cluster."""
+def in_process(config: Config, data: store.Store, shards: Shards, device: torch.device = CPU) -> Reader:
+    """A reader without a cluster, for ranks on a device."""
 
-    def read(wiring: Wiring, first: int, memory: Memory) -> Batches:
-        train = config.train
-        rows = order_for(config, data.chunk_rows)
-        mine = shards.replica, shards.replicas
-        return source.batches(data, rows, wiring.sites, train.batch_tokens, first, train.steps, *mine, memory)
+    def read(wiring: Wiring, first: int, memory: Memory) -> Read:
+        train, rows = config.train, order_for(config, data.chunk_rows)
+        what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
+        return source.packed_batches(*what) if goes_packed(data.dtype, device) else source.batches(*what, memory)
 
     return read
 
@@ -259,8 +259,10 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     rows = train.batch_tokens // (shards.replicas * train.accumulate)
     batches = range(start // rows, -(-(start + tokens) // rows))
 
-    def read(memory: Memory) -> Batches:
-        return source.batches(data, rows_in_order, wiring.sites, rows, batches.start, batches.stop, memory=memory)
+    def read(memory: Memory) -> Read:
+        what = data, rows_in_order, wiring.sites, rows, batches.start, batches.stop
+        packed = goes_packed(data.dtype, learner.device)
+        return source.packed_batches(*what) if packed else source.batches(*what, memory=memory)
 
     found = shared(read, len(batches), Shape.of(config, wiring, rows, data.dtype), shards, learner.device)
     for n, batch in zip(batches, found, strict=True):
@@ -292,5 +294,5 @@ def train_alone(config: Config, announce: Callable[[dict[str, Any]], None] = lam
     if config.source.verify:
         data.verify()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reader = in_process(config, data, shards)
+    reader = in_process(config, data, shards, device)
     return train_rank(config, data, shards, reader, device, announce, lambda step, metrics: None)
