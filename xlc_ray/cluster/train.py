@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
-from torch import Tensor
 
 from xlc_ray import files
 from xlc_ray.activations.live import is_ready
@@ -32,7 +31,7 @@ from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
-from xlc_ray.dictionary import Shards, Wiring
+from xlc_ray.dictionary import Shards
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
 from xlc_ray.training.saving import Stop
@@ -106,12 +105,9 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
     gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
-    def reader(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
-        train, rows = config.train, loop.order_for(config, data.chunk_rows)
-        what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
-        if settings["generators"] is not None:
-            return live_batches(settings["generators"], settings["attempt"], *what)
-        return replica_batches(*what)
+    made = settings["generators"]
+    batches = replica_batches if made is None else partial(live_batches, made, settings["attempt"])
+    reader = loop.reading(batches, config, data, shards)
 
     def saved(step: int, metrics: dict[str, Any]) -> None:
         # Ray Train hears of checkpoints only: each report waits for the controller's next poll. The checkpoint itself

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xlc_ray.activations import source
 from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.activations.store import open_source
@@ -66,8 +67,9 @@ class TrialRank:
         shards: Shards,
         device: torch.device,
         announce: Callable[[str, dict[str, Any]], None] = lambda name, metrics: None,
+        batches: loop.ReadBatches = source.batches,
     ):
-        """`announce(name, metrics)` is told of each line of a trial's metrics."""
+        """`announce(name, metrics)` is told of each line of a trial's metrics. `batches` reads the stream."""
         longest = max((task.config for task in tasks), key=lambda config: config.train.steps)
         self.data = open_source(longest.source)
         self.held_out = open_source(longest.source, "held_out")
@@ -79,9 +81,14 @@ class TrialRank:
             )
             for task in tasks
         }
-        # Read in this process: several trials share a machine, where readers of their own would outnumber learners.
-        reader = loop.in_process(longest, self.data, shards)
+        # No pipeline reads ahead: several trials share a machine, where readers would outnumber learners.
+        reader = loop.reading(batches, longest, self.data, shards)
         self.together = Together(runs, self.data, shards, reader, device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trials that are left."""
+        return self.together.names
 
     def advance(self) -> tuple[int, dict[str, Found | Diverged]]:
         """Train to the next stop: its step, and what each trial that came to it measured there, or what ended it."""

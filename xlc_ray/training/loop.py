@@ -24,6 +24,8 @@ from xlc_ray.training.resampling import resample
 from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
+ReadBatches = Callable[..., Iterator[Mapping[str, Tensor]]]
+"""`source.batches`, or another function that gives the same."""
 FREE = (
     "out",
     "cluster",
@@ -73,17 +75,22 @@ def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
     return order.Order(chunk_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
 
 
-def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
-    """A reader without a cluster."""
+def reading(batches: ReadBatches, config: Config, data: store.Store, shards: Shards) -> Reader:
+    """A reader of a run's rows by `batches`, which takes what `source.batches` takes."""
 
     def read(wiring: Wiring, first: int) -> Iterator[Mapping[str, Tensor]]:
         train = config.train
         rows = order_for(config, data.chunk_rows)
-        return source.batches(
+        return batches(
             data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
         )
 
     return read
+
+
+def in_process(config: Config, data: store.Store, shards: Shards) -> Reader:
+    """A reader without a cluster."""
+    return reading(source.batches, config, data, shards)
 
 
 def prepare(config: Config) -> int | None:
