@@ -59,7 +59,7 @@ def sweep(
         connect()
         largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
         for trial in largest:
-            models = f" with {trial.models} language model{'s' * (trial.models > 1)}" if trial.models else ""
+            models = f" with {_models(trial)}" if trial.models else ""
             require(trial.cpus, trial.gpus, f"trial {trial.name}{models}")
     streams, held = _check(settings, known)
     size = 1
@@ -130,7 +130,8 @@ def dry_run(
     settings, listed = plan(path, overrides, limit, resume)
     known = listed or corners(settings)
     for trial in known:
-        taken = f"{trial.workers} worker{'s' * (trial.workers > 1)}, {trial.cpus:g} CPU"
+        taken = f"{trial.workers} worker{'s' * (trial.workers > 1)}"
+        taken += f" and {_models(trial)}, {trial.cpus:g} CPU" if trial.models else f", {trial.cpus:g} CPU"
         taken += f", {trial.gpus:g} GPU" if trial.gpus else ""
         values = ", ".join(f"{path}={value}" for path, value in settings_of(trial.changes).items())
         yield f"{trial.name}   {taken}   {values}"
@@ -141,6 +142,10 @@ def dry_run(
         yield f"{len(listed)} trials, {steps:,} steps if none is cut short{cut}; nothing was started"
     else:
         yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
+
+
+def _models(trial: Trial) -> str:
+    return f"{trial.models} language model{'s' * (trial.models > 1)}"
 
 
 def _check(settings: SweepConfig, known: list[Trial]) -> tuple[dict[str, Hashable], int | None]:

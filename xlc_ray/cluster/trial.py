@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -197,16 +198,23 @@ class TrialGroup(tune.Trainable):
 
     def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged], list[tuple[str, int]]]:
         training = [other.advance.remote(cut) for other in self.others]
+        for rank in training:
+            rank.future().add_done_callback(self._came)
         try:
             at, said = self.member.advance(cut)
             ray.get(training)
             return at, said, self._made()
         except Exception as error:
+            self._end_generators()
             # The rank that failed first knows why; the others only lost its connection.
             for failure in (error, *_failures(training)):
                 if mistake := find_user_error(failure):
                     raise UserError(str(mistake)) from error
             raise
+
+    def _came(self, rank: Future) -> None:
+        if rank.exception():  # what it has not read would stay held, and others wait for room for ever
+            self._end_generators()
 
     def _leave(self) -> None:
         self._end_generators()
@@ -222,9 +230,9 @@ class TrialGroup(tune.Trainable):
 
     def _end_generators(self) -> None:
         """First of all: what waits for a chunk then waits no more."""
-        if self.generators is not None:
-            ray.kill(self.generators)  # and with them their language models
-        self.generators = None
+        ended, self.generators = self.generators, None
+        if ended is not None:
+            ray.kill(ended)  # and with them their language models
 
 
 def _place(bundle: int) -> PlacementGroupSchedulingStrategy:
