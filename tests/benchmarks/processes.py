@@ -10,6 +10,7 @@ from pathlib import Path
 TICK = os.sysconf("SC_CLK_TCK")
 ROLES = {
     "RayTrainWorker": "training",
+    "Trainable": "training",  # a trial of a sweep
     "Harvesting": "generating",
     "Generators": "live",
     "SplitCoordinator": "reading",
@@ -21,6 +22,7 @@ ROLES = {
     "gcs_server": "ray: gcs",
     "agent": "ray: agents",
     "jobs/train.py": "driver",
+    "jobs/sweep.py": "driver",
 }
 """Part of a command line → what the process does; the first that fits. All others are "ray: other"."""
 

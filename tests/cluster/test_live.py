@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-import ray.util.state
 import torch
 
+from tests.cluster.prepared import BATCH, LIVE, SITES, STORED, alive, copy_sample, settings_of
 from tests.cluster.test_generate import contents
 from tests.cluster.test_train import assert_same
 from xlc_ray.activations import source, store
@@ -29,33 +29,11 @@ from xlc_ray.training.loop import order_for
 
 pytestmark = pytest.mark.cluster
 
-TOKENS, CHUNK, BATCH = 6000, 254, 100
-LIVE = {"kind": "live", "sample_tokens": 500, "mix_chunks": 3, "held_chunks": 6, "slice_rows": 16, "window_slices": 12}
-STORED = {"kind": "store", "mix_chunks": 3, "slice_rows": 16, "window_slices": 12}
-SITES = ("mlp_in.0", "mlp_out.0")
-
 
 @pytest.fixture(scope="module")
-def settings(tiny_config, tmp_path_factory):
+def settings(tiny_config):
     """settings(folder, changes): a run of one transcoder on 24 chunks of two windows, each read alone."""
-
-    def make(folder, changes=None):
-        base = {
-            "generate.tokens": TOKENS,
-            "generate.chunk_tokens": CHUNK,
-            "generate.batch_windows": 1,
-            "dictionary.wiring": {"kind": "transcoder", "layers": [0]},
-            "dictionary.features": 32,
-            "dictionary.gate": {"kind": "topk", "k": 4},
-            "dictionary.normalization.kind": "none",  # the statistics of a store are of other rows
-            "train.steps": 70,
-            "train.batch_tokens": BATCH,
-            "train.checkpoint_every": 10,
-            "train.precision": "float64",
-        }
-        return tiny_config(folder, base | (changes or {}))
-
-    return make
+    return partial(settings_of, tiny_config)
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +54,8 @@ def reference(stored):
 @pytest.fixture
 def prepared(stored, settings, tmp_path):
     """Settings of live training whose text, held-out part and sample, two chunks, are there."""
-    path, here = Path(stored.source.path), tmp_path / "live"
-    kept = {
-        path: ("identity.json", "text", "held_out", "records", "moments", "chunk_0.hdf5", "chunk_1.hdf5"),
-        path / "records": ("chunk_0.json", "chunk_1.json"),
-        path / "moments": ("chunk_0.npz", "chunk_1.npz"),
-    }
-    shutil.copytree(path, here, ignore=lambda folder, names: set(names) - set(kept.get(Path(folder), names)))
+    here = copy_sample(stored.source.path, tmp_path / "live")
     return settings(tmp_path, {"source": {**LIVE, "path": str(here)}})
-
-
-def alive(name: str) -> list[int]:
-    """Process ids of the actors of a class, of this cluster: there may be others on the machine."""
-    here, found = ray.get_runtime_context().gcs_address, [("state", "=", "ALIVE")]
-    return [a.pid for a in ray.util.state.list_actors(address=here, filters=found, detail=True) if name in a.class_name]
 
 
 def language_models() -> list[int]:

@@ -73,6 +73,8 @@ def test_a_language_model_finds_room_beside_the_workers_of_live_training(small_r
     (line,) = preflight.model_room(config, Place(Layout(2, 1), ("n", "n")), [Node("n", "a", 2.5, 0)])
     assert line.startswith("cluster.cpus_per_model: live training needs a node with 2 CPUs and 0 GPUs")
     assert "which leave 0.5 and 0" in line
+    (line,) = preflight.model_room(config, Place(Layout(2, 1), ("n", "n")), nodes, models=2)
+    assert "for each of 2 language models beside the workers, which leave 1 and 0, 2 and 0" in line
     gpu = config.override({"cluster.gpus_per_model": 1})
     assert len(list(preflight.model_room(gpu, Place(Layout(2, 1), ("n", "n")), nodes))) == 1
 

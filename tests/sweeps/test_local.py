@@ -213,6 +213,15 @@ def test_a_store_without_held_out_rows_is_refused(written, tmp_path):
         sweep(path, local=True)
 
 
+def test_a_live_source_needs_a_cluster(written, tmp_path):
+    path = written(changes={"source": {"kind": "live", "path": str(tmp_path / "store")}}, share_activations=True)
+    with pytest.raises(
+        UserError, match=r"--local: with source\.kind: live, actors of a Ray cluster make the activations"
+    ):
+        sweep(path, local=True)
+    assert next(dry_run(path, None, None, None)).startswith("lr=0.01   1 worker and 1 language model, 1.5 CPU   ")
+
+
 def test_wandb_gets_a_group_a_sweep_and_a_run_a_trial(written, tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(wandb, "init", lambda **given: runs.append(given) or MagicMock())

@@ -65,9 +65,10 @@ def test_windows_take_turns_in_two_rooms():
 
 def test_a_window_that_finds_no_room_gets_memory_of_its_own():
     rooms, sizes = Rooms.own(4096, 64), ({"a": 8}, 16, np.dtype(np.uint16))
-    first, second = rooms.window(*sizes), None
+    first = rooms.window(*sizes)
     rooms.hand_out({"a": torch.from_numpy(first["a"])})
     second = rooms.window(*sizes)
+    second["a"][:] = 2
     rooms.hand_out({"a": torch.from_numpy(second["a"])})
     first["a"][:] = 1  # the batch before the last: free again
     third = rooms.window(*sizes)

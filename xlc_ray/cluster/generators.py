@@ -56,14 +56,15 @@ class Chunk:
 class Generators:
     """What the replicas of a run ask for chunks. One event loop: no two lines of this run at the same time."""
 
-    def __init__(self, config: Config, sites: Sequence[str]) -> None:
+    def __init__(self, config: Config, sites: Sequence[str], places: Sequence[Any] = ()) -> None:
+        """`places`: as in Models."""
         assert isinstance(config.source, LiveSource)
         self._data = replace(store.open_source(config.source), patience=config.cluster.read_retry_s)
         self._limit, self._tee = config.source.held_chunks, config.source.tee is not None
         self._sites = list(self._data.manifest.sites if self._tee else sites)
         self._order = order_for(config, self._data.chunk_rows)
         self._stop = Share(config.train.batch_tokens, 0, config.train.steps).windows(self._order).stop
-        self._models = Models(config, self._sites, hurry=lambda: bool(self._asking))
+        self._models = Models(config, self._sites, hurry=lambda: bool(self._asking), places=places)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers = asyncio.Semaphore(WRITERS)
         self._facts = dict.fromkeys(("made", "read", "written", "most_held"), 0)

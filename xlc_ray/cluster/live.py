@@ -53,12 +53,7 @@ def generating(config: Config, data: store.Store, sites: Sequence[str]) -> Itera
         return
     assert isinstance(config.source, LiveSource)
     check(config, data)
-    # It dies with the driver and its node, which a run does not survive anyway.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Generators).options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, max_concurrency=1000
-    )
-    generators: Any = actor.remote(config, tuple(sites))
+    generators = start(config, sites)
     try:
         yield generators
         facts = ray.get(generators.close.remote())
@@ -66,11 +61,25 @@ def generating(config: Config, data: store.Store, sites: Sequence[str]) -> Itera
         ray.kill(generators)
     held = size(facts["most_held"] * chunk_bytes(data, list(data.manifest.sites) if config.source.tee else sites))
     print(f"live      {facts['made']:,} chunks made, at most {facts['most_held']} held ({held})", flush=True)
-    if config.source.tee:
-        _finish(data, config.source.tee)
+    finish(config, data)
 
 
-def _finish(data: LiveStore, path: str) -> None:
+def start(config: Config, sites: Sequence[str], places: Sequence[Any] = ()) -> Any:
+    """The handle of new `Generators`, on this node. They end with this process, which whoever reads from them does not
+    survive either. `places`: as in Models."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Generators).options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, max_concurrency=1000
+    )
+    return actor.remote(config, tuple(sites), tuple(places))
+
+
+def finish(config: Config, data: LiveStore) -> None:
+    """Complete the store of `tee`, where there is one, if every chunk was made."""
+    assert isinstance(config.source, LiveSource)
+    path = config.source.tee
+    if path is None:
+        return
     left = len(store.missing_chunks(path, len(data.chunk_rows)))
     if left:
         print(f"tee       {left} chunks of {path} were not needed; jobs/generate.py makes them", flush=True)

@@ -1,7 +1,8 @@
 """A pool of language-model actors that make chunks, for one asyncio event loop.
 
 It begins with one model and grows while work waits that somebody is in a hurry for, up to `cluster.model_actors` and
-the room that the workers of training leave; a model that has been idle for long goes, but for the last.
+the room that the workers of training leave, or to the places that are reserved for it; a model that has been idle for
+long goes, but for the last.
 """
 
 from __future__ import annotations
@@ -45,15 +46,20 @@ class Model:
     """An actor."""
 
     actor: Any
+    place: Any
+    """Where it is bound to: one of the places that are reserved; None: Ray chose."""
     since: float = field(default_factory=time.monotonic)
     """When it became idle last."""
 
 
 class Models:
-    """The pool. `hurry` says whether anybody waits for what is made."""
+    """The pool. `hurry` says whether anybody waits for what is made; `places`: a scheduling strategy of Ray for each
+    model that room is reserved for. Without any, models take what is free."""
 
-    def __init__(self, config: Config, sites: Sequence[str], hurry: Callable[[], bool]) -> None:
-        self._config, self._sites, self._hurry = config, sites, hurry
+    def __init__(
+        self, config: Config, sites: Sequence[str], hurry: Callable[[], bool], places: Sequence[Any] = ()
+    ) -> None:
+        self._config, self._sites, self._hurry, self._places = config, sites, hurry, places
         self._all: list[Model] = []
         self._idle: list[Model] = []
         self._waiting: deque[asyncio.Future[Model]] = deque()
@@ -98,7 +104,9 @@ class Models:
                 ray.kill(model.actor)
 
     def _room(self) -> bool:
-        """Whether one model more may be, beside the workers that are wanted, and finds room now."""
+        """Whether one model more may be, and finds room now, beside the workers that are wanted or reserved for it."""
+        if self._places:
+            return len(self._all) < len(self._places)
         cluster, workers = self._config.cluster, layouts(self._config)[0].workers
         have, free = ray.cluster_resources(), ray.available_resources()
         kinds = {
@@ -114,12 +122,17 @@ class Models:
         return fits and len(self._all) < cluster.model_actors
 
     async def _load(self) -> None:
-        cluster = self._config.cluster
+        cluster, taken = self._config.cluster, [model.place for model in self._all]
+        place = next((place for place in self._places if place not in taken), None)
         # Ray starts one that dies again, and repeats what it was doing.
         actor = ray.remote(Harvesting).options(
-            num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model, max_restarts=-1, max_task_retries=-1
+            num_cpus=cluster.cpus_per_model,
+            num_gpus=cluster.gpus_per_model,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=place,
         )
-        model = Model(actor.remote(self._config, self._sites))
+        model = Model(actor.remote(self._config, self._sites), place)
         self._all.append(model)
         self.most = max(self.most, len(self._all))
         try:

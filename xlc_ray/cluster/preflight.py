@@ -109,16 +109,19 @@ def object_stores(
             )
 
 
-def model_room(config: Config, place: Place, nodes: Sequence[Node]) -> Iterator[str]:
-    """A node for a language model, beside the workers of live training."""
+def model_room(config: Config, place: Place, nodes: Sequence[Node], models: int = 1) -> Iterator[str]:
+    """A node for each of so many language models, beside the workers of live training."""
     cluster, taken = config.cluster, Counter(place.nodes)
     left = [
         (n.cpus - taken[n.id] * cluster.cpus_per_worker, n.gpus - taken[n.id] * cluster.gpus_per_worker) for n in nodes
     ]
-    if not any(c + FULL >= cluster.cpus_per_model and g + FULL >= cluster.gpus_per_model for c, g in left):
+    each = cluster.cpus_per_model, cluster.gpus_per_model
+    found = sum(min(int(have / need + FULL) for have, need in zip(free, each, strict=True) if need) for free in left)
+    if found < models:
         yield (
             f"cluster.cpus_per_model: live training needs a node with {cluster.cpus_per_model:g} CPUs and "
-            f"{cluster.gpus_per_model:g} GPUs for a language model beside the workers, which leave "
+            f"{cluster.gpus_per_model:g} GPUs for {'a' if models == 1 else f'each of {models}'} language "
+            f"model{'s' * (models > 1)} beside the workers, which leave "
             f"{', '.join(f'{c:g} and {g:g}' for c, g in left)}; lower it or the workers', or add nodes"
         )
 
@@ -131,8 +134,8 @@ def held_chunks(
     stores: Mapping[str, float],
 ) -> Iterator[str]:
     """The chunks that live training holds, against the object store of each node: any may come to hold them all."""
-    each = chunk_bytes(data, list(data.manifest.sites) if live.tee else wiring.sites)
-    need = min(live.held_chunks, len(data.chunk_rows)) * each
+    need = held_bytes(live, data, wiring)
+    each = need / min(live.held_chunks, len(data.chunk_rows))
     for node in nodes:
         if need > stores[node.id]:
             yield (
@@ -140,6 +143,12 @@ def held_chunks(
                 f"object store of node {node.address}, which has {stores[node.id] / GB:.2f} GB; lower it with "
                 "source.mix_chunks, or generate.chunk_tokens, or start Ray with a larger --object-store-memory"
             )
+
+
+def held_bytes(live: LiveSource, data: Store, wiring: Wiring) -> int:
+    """The most that live training holds."""
+    each = chunk_bytes(data, list(data.manifest.sites) if live.tee else wiring.sites)
+    return min(live.held_chunks, len(data.chunk_rows)) * each
 
 
 def disk(config: Config, wiring: Wiring) -> Iterator[str]:

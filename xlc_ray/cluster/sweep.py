@@ -9,6 +9,7 @@ from typing import Any
 
 from xlc_ray import files
 from xlc_ray.activations.store import Store
+from xlc_ray.cluster import live_sweep
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.session import connect, output_root, require, resolve, run_path
 from xlc_ray.cluster.train import open_or_make
@@ -52,12 +53,15 @@ def sweep(
     board = Board(settings, Table())
     search = make_search(settings, listed, board, read_rows(settings.out))
     known = listed or corners(settings)
-    if not local:
+    if local:
+        live_sweep.refuse_locally(known)
+    else:
         connect()
         largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
         for trial in largest:
-            require(trial.cpus, trial.gpus, f"trial {trial.name}")
-    streams = _check(settings, known)
+            models = f" with {_models(trial)}" if trial.models else ""
+            require(trial.cpus, trial.gpus, f"trial {trial.name}{models}")
+    streams, held = _check(settings, known)
     size = 1
     if isinstance(search, Listed) and settings.share_activations:
         size = search.share(
@@ -69,7 +73,8 @@ def sweep(
         if local:
             _run_here(board, search)
         elif search.left:
-            run_trials(settings, board, search, _at_once(settings, known, size))
+            run_trials(settings, board, search, _at_once(settings, known, size, held))
+            live_sweep.complete_tees(known)
         board.write()
         board.write_metrics()
     found = Sweep(settings.out)
@@ -125,7 +130,8 @@ def dry_run(
     settings, listed = plan(path, overrides, limit, resume)
     known = listed or corners(settings)
     for trial in known:
-        taken = f"{trial.workers} worker{'s' * (trial.workers > 1)}, {trial.cpus:g} CPU"
+        taken = f"{trial.workers} worker{'s' * (trial.workers > 1)}"
+        taken += f" and {_models(trial)}, {trial.cpus:g} CPU" if trial.models else f", {trial.cpus:g} CPU"
         taken += f", {trial.gpus:g} GPU" if trial.gpus else ""
         values = ", ".join(f"{path}={value}" for path, value in settings_of(trial.changes).items())
         yield f"{trial.name}   {taken}   {values}"
@@ -138,9 +144,13 @@ def dry_run(
         yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
 
 
-def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
+def _models(trial: Trial) -> str:
+    return f"{trial.models} language model{'s' * (trial.models > 1)}"
+
+
+def _check(settings: SweepConfig, known: list[Trial]) -> tuple[dict[str, Hashable], int | None]:
     """Open, make or verify each store once, and see that all trials find in it what they are measured on. What each
-    of them reads (`together.stream`)."""
+    of them reads (`together.stream`), and how many groups of live trials may be at once."""
     stores: dict[str, Store] = {}
     streams: dict[str, Hashable] = {}
     for trial in known:
@@ -151,11 +161,6 @@ def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
                 "cluster.tensor_parallel: 1, or choose frontier"
             )
         path = config.source.path
-        if config.source.kind == "live":
-            raise UserError(
-                "source.kind: live trains one run on what its language models make; sweeps read a store: source.kind: "
-                "store (one training run with source.tee writes it)"
-            )
         if path not in stores:
             stores[path] = open_or_make(config)
             if not files.exists(files.join(path, "held_out")):
@@ -163,7 +168,7 @@ def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
             if config.source.verify:
                 stores[path].verify()
         streams[trial.name] = together.stream(config, stores[path])
-    return streams
+    return streams, live_sweep.check(known, stores) if any(trial.models for trial in known) else None
 
 
 def _keep(settings: SweepConfig) -> None:
@@ -184,10 +189,11 @@ def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in flatten(tree).items() if not path.startswith(FREE)}
 
 
-def _at_once(settings: SweepConfig, known: list[Trial], size: int) -> int | None:
-    """Worker groups, of up to `size` trials, at once that `search.max_concurrent` and `resources` allow; None: as many
-    as the cluster holds."""
+def _at_once(settings: SweepConfig, known: list[Trial], size: int, held: int | None) -> int | None:
+    """Worker groups, of up to `size` trials, at once that `search.max_concurrent` and `resources` allow, and of whose
+    chunks the object stores have room (`held`); None: as many as the cluster holds."""
     limits = [max(1, settings.search.max_concurrent // size)] if settings.search.max_concurrent else []
+    limits += [held] if held else []
     for kind, most in (("cpus", settings.resources.cpus), ("gpus", settings.resources.gpus)):
         largest = max(getattr(trial, kind) for trial in known)
         if most is not None and largest > most + 1e-9:

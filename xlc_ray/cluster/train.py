@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -18,7 +19,7 @@ from ray.train.torch import get_device
 
 from xlc_ray import files
 from xlc_ray.activations.live import is_ready
-from xlc_ray.activations.store import Memory, Store, is_there, open_source
+from xlc_ray.activations.store import Store, is_there, open_source
 from xlc_ray.cluster import preflight
 from xlc_ray.cluster.data import packed_replica_batches, replica_batches
 from xlc_ray.cluster.driver import driving
@@ -30,10 +31,10 @@ from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
-from xlc_ray.dictionary import Shards, Wiring
+from xlc_ray.dictionary import Shards
 from xlc_ray.progress import Progress
 from xlc_ray.training import Diverged, logs, loop
-from xlc_ray.training.feed import Read, goes_packed
+from xlc_ray.training.feed import goes_packed
 from xlc_ray.training.saving import Stop
 
 POLL_SECONDS = 0.3
@@ -105,12 +106,12 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
     gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
-    def reader(wiring: Wiring, first: int, memory: Memory) -> Read:  # read elsewhere: into none of ours
-        train, rows = config.train, loop.order_for(config, data.chunk_rows)
-        what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
-        if settings["generators"] is not None:
-            return live_batches(settings["generators"], settings["attempt"], *what)
-        return packed_replica_batches(*what) if goes_packed(data.dtype, device) else replica_batches(*what)
+    made, batches = settings["generators"], replica_batches
+    if made is not None:
+        batches = partial(live_batches, made, settings["attempt"])
+    elif goes_packed(data.dtype, device):
+        batches = packed_replica_batches
+    reader = loop.reading(batches, config, data, shards)
 
     def saved(step: int, metrics: dict[str, Any]) -> None:
         # Ray Train hears of checkpoints only: each report waits for the controller's next poll. The checkpoint itself

@@ -3,12 +3,18 @@
 Its own process is rank 0; the others are actors in the placement group, which Tune reserves whole, so that no group
 waits for workers that another half-started one holds. A group that is stopped gives all of it back. With
 `reuse_actors` the processes stay for the next group of the same shape, and only what they train is made anew.
+
+A live source's chunks are made by language models of the group's own, whose room is reserved with the workers': so many
+groups run at once as have both. They begin and end with the group's training, at the text where that is.
 """
 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,20 +26,40 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from xlc_ray import files
+from xlc_ray.activations.live import LiveStore
+from xlc_ray.activations.store import open_source
+from xlc_ray.cluster import live
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.gauges import Gauges
 from xlc_ray.cluster.network import listen_on_nodes_interface
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary import Shards
 from xlc_ray.sweeps.rank import Found, Task, TrialRank
 from xlc_ray.training import Diverged, loop
 
 
 def bundles(config: Config) -> tune.PlacementGroupFactory:
-    """What a trial reserves: a bundle for each rank."""
+    """What a trial reserves: a bundle for each rank, and after them one for each language model."""
     cluster = config.cluster
-    one = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
-    return tune.PlacementGroupFactory([one] * (cluster.tensor_parallel * cluster.replicas))
+
+    def bundle(cpus: float, gpus: float) -> dict[str, float]:
+        return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+
+    rank, model = (
+        bundle(cluster.cpus_per_worker, cluster.gpus_per_worker),
+        bundle(cluster.cpus_per_model, cluster.gpus_per_model),
+    )
+    models = cluster.model_actors if isinstance(config.source, LiveSource) else 0
+    return tune.PlacementGroupFactory([rank] * _world(config) + [model] * models)
+
+
+def _world(config: Config) -> int:
+    return config.cluster.tensor_parallel * config.cluster.replicas
+
+
+ATTEMPT = "1"
+"""Generators serve a group once: what is trained anew has others."""
 
 
 class Member:
@@ -42,8 +68,9 @@ class Member:
     def __init__(self) -> None:
         self.rank: TrialRank | None = None
 
-    def begin(self, tasks: Sequence[Task], number: int, world: int, meeting: str | None) -> None:
-        """Join the ranks of a group at the address `meeting` (None: there is just one) and prepare what is trained."""
+    def begin(self, tasks: Sequence[Task], number: int, world: int, meeting: str | None, generators: Any) -> None:
+        """Join the ranks of a group at the address `meeting` (None: there is just one) and prepare what is trained.
+        `generators` make the chunks of a live source (None: they are stored)."""
         config = tasks[0].config
         cluster = config.cluster
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
@@ -61,7 +88,8 @@ class Member:
         def announce(name: str, metrics: dict[str, Any]) -> None:
             gauges[name].set(metrics if number == 0 else {})
 
-        self.rank = TrialRank(tasks, shards, device, announce)
+        batches = None if generators is None else partial(live.live_batches, generators, ATTEMPT)
+        self.rank = TrialRank(tasks, shards, device, announce, batches)
 
     def advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged]]:
         """Train to the next stop without those that are cut. A rank that fails leaves the group, so that the others do
@@ -95,31 +123,43 @@ class TrialGroup(tune.Trainable):
     has left (None: there is one trial, and Tune stops it)}."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.member, self.others = Member(), []
+        self.member, self.others, self.generators = Member(), [], None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take up other trials, of the same shape."""
         self._leave()
         self.tasks: tuple[Task, ...] = new_config["tasks"]
-        self.cuts, self.begun = new_config["cuts"], False
+        self.cuts, self.begun = new_config["cuts"], 0.0
         return True
 
     def step(self) -> dict[str, Any]:
         """{"at": step, "found": [(trial, held-out metrics)], "failed": [(trial, why no retry would save it)], "apart":
-        whether the trials must be tried one by one}. Lists, since Tune takes mappings apart."""
+        whether the trials must be tried one by one, "live": what generators have done since "begun"}. Lists, since Tune
+        takes mappings apart."""
         try:
             cut = self._cut()
             if not self.begun:
                 self.tasks = tuple(task for task in self.tasks if task.name not in cut)
                 self._begin()
-            at, said = self._advance(cut)
+            at, said, made = self._advance(cut)
         except UserError as error:
-            alone = len(self.tasks) == 1
-            return {"at": 0, "found": [], "failed": [(self.tasks[0].name, str(error))] * alone, "apart": not alone}
+            alone, failed = len(self.tasks) == 1, [(self.tasks[0].name, str(error))]
+            return self._said(0, [], failed if alone else [], not alone, [])
         failed = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
         found = [(name, found) for name, found in said.items() if not isinstance(found, Diverged)]
-        return {"at": at, "found": found, "failed": failed, "apart": False}
+        return self._said(at, found, failed, False, made)
+
+    def _said(self, at: int, found: list, failed: list, apart: bool, made: list) -> dict[str, Any]:
+        return {"at": at, "found": found, "failed": failed, "apart": apart, "live": made, "begun": self.begun}
+
+    def _made(self) -> list[tuple[str, int]]:
+        """What generators have done. Where all trials have ended they write what is left to write, and rest."""
+        if self.generators is None:
+            return []
+        assert self.member.rank is not None
+        ask = self.generators.facts if self.member.rank.names else self.generators.close
+        return list(ray.get(ask.remote()).items())
 
     def _cut(self) -> list[str]:
         return ray.get(self.cuts.among.remote([task.name for task in self.tasks])) if self.cuts else []
@@ -127,49 +167,77 @@ class TrialGroup(tune.Trainable):
     def _begin(self) -> None:
         for task in self.tasks:
             loop.prepare(task.config)
-        self.begun = True
-        config = self.tasks[0].config
-        world = config.cluster.tensor_parallel * config.cluster.replicas
+        self.begun = time.time()
+        config = max((task.config for task in self.tasks), key=lambda config: config.train.steps)
+        world = _world(config)
         if len(self.others) != world - 1:
             self.others = [self._worker(number) for number in range(1, world)]
         meeting = self.member.address() if world > 1 else None
+        self.generators = self._generators(config, world)
         joining = [
-            other.begin.remote(self.tasks, number, world, meeting) for number, other in enumerate(self.others, start=1)
+            other.begin.remote(self.tasks, number, world, meeting, self.generators)
+            for number, other in enumerate(self.others, start=1)
         ]
-        self.member.begin(self.tasks, 0, world, meeting)
+        self.member.begin(self.tasks, 0, world, meeting, self.generators)
         ray.get(joining)
 
+    def _generators(self, config: Config, world: int) -> Any:
+        data = open_source(config.source)
+        if not isinstance(data, LiveStore):
+            return None
+        places = [_place(world + number) for number in range(config.cluster.model_actors)]
+        return live.start(config, loop.wiring_for(config, data).sites, places)
+
     def _worker(self, number: int) -> Any:
-        cluster, reserved = self.tasks[0].config.cluster, get_current_placement_group()
-        assert reserved is not None, "Tune reserves the bundles of a trial"
-        place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=number)
+        cluster, place = self.tasks[0].config.cluster, _place(number)
         actor = ray.remote(Member).options(
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, scheduling_strategy=place
         )
         return actor.remote()
 
-    def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged]]:
+    def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged], list[tuple[str, int]]]:
         training = [other.advance.remote(cut) for other in self.others]
+        for rank in training:
+            rank.future().add_done_callback(self._came)
         try:
-            said = self.member.advance(cut)
+            at, said = self.member.advance(cut)
             ray.get(training)
+            return at, said, self._made()
         except Exception as error:
+            self._end_generators()
             # The rank that failed first knows why; the others only lost its connection.
-            for failure in _failures(training):
+            for failure in (error, *_failures(training)):
                 if mistake := find_user_error(failure):
-                    raise mistake from error
+                    raise UserError(str(mistake)) from error
             raise
-        return said
+
+    def _came(self, rank: Future) -> None:
+        if rank.exception():  # what it has not read would stay held, and others wait for room for ever
+            self._end_generators()
 
     def _leave(self) -> None:
+        self._end_generators()
         self.member.leave()
         ray.get([other.leave.remote() for other in self.others])
 
     def cleanup(self) -> None:
         """Give the workers back."""
+        self._end_generators()
         self.member.leave()
         for other in self.others:
             ray.kill(other)
+
+    def _end_generators(self) -> None:
+        """First of all: what waits for a chunk then waits no more."""
+        ended, self.generators = self.generators, None
+        if ended is not None:
+            ray.kill(ended)  # and with them their language models
+
+
+def _place(bundle: int) -> PlacementGroupSchedulingStrategy:
+    reserved = get_current_placement_group()
+    assert reserved is not None, "Tune reserves the bundles of a trial"
+    return PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle)
 
 
 def _failures(tasks: list[ray.ObjectRef]) -> list[RayError]:

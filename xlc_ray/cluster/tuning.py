@@ -55,6 +55,9 @@ def run_trials(settings: SweepConfig, board: Board, search: Search, at_once: int
         ),
     )
     tuner.fit()
+    if groups.live:
+        made, read = (sum(facts[name] for facts in groups.live.values()) for name in ("made", "read"))
+        print(f"live      {made:,} chunks made by language models, {read:,} read", flush=True)
 
 
 def _start_cuts() -> Any:
@@ -77,6 +80,8 @@ class _Groups(_Kept):
         """`cuts`: the actor of that name; None where no group has more than one trial."""
         self.board, self.cuts = board, cuts
         self.running: dict[str, Group] = {}
+        self.live: dict[tuple[str, float], dict[str, int]] = {}
+        """What generators had done at a group's last stop, by group and when it began."""
 
     def cut(self, names: list[str]) -> None:
         """Before the next step these leave their group."""
@@ -129,6 +134,8 @@ class _Rungs(_Kept, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         board, failed, found = self.groups.board, dict(result["failed"]), dict(result["found"])
+        if result["live"]:
+            self.groups.live[trial.trial_id, result["begun"]] = dict(result["live"])
         if result["apart"]:
             return TrialScheduler.STOP
         for name, why in failed.items():

@@ -150,8 +150,8 @@ class SweepConfig(Settings):
     asha: Asha | None = None
     """Cuts short what is not worth its steps; null = all trials run to the end."""
     share_activations: bool = False
-    """Trials that read the same rows (same store, sites, batch_tokens, seed and ranks) train in one worker group, each
-    batch being read once for all of them."""
+    """Trials that read the same rows (same source, sites, batch_tokens, seed and ranks) train in one worker group, each
+    batch being read, or made by a live source's language models, once for all of them."""
     resources: Resources = Resources()
     """Limits on what is used at once."""
 

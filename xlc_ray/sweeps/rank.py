@@ -66,8 +66,11 @@ class TrialRank:
         shards: Shards,
         device: torch.device,
         announce: Callable[[str, dict[str, Any]], None] = lambda name, metrics: None,
+        batches: loop.ReadBatches | None = None,
     ):
-        """`announce(name, metrics)` is told of each line of a trial's metrics."""
+        """`announce(name, metrics)` is told of each line of a trial's metrics. `batches` reads the stream.
+
+        Without it the store is read in this process."""
         longest = max((task.config for task in tasks), key=lambda config: config.train.steps)
         self.data = open_source(longest.source)
         self.held_out = open_source(longest.source, "held_out")
@@ -79,9 +82,17 @@ class TrialRank:
             )
             for task in tasks
         }
-        # Read in this process: several trials share a machine, where readers of their own would outnumber learners.
-        reader = loop.in_process(longest, self.data, shards, device)
+        # No pipeline reads ahead: several trials share a machine, where readers would outnumber learners.
+        if batches is None:
+            reader = loop.in_process(longest, self.data, shards, device)
+        else:
+            reader = loop.reading(batches, longest, self.data, shards)
         self.together = Together(runs, self.data, shards, reader, device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trials that are left."""
+        return self.together.names
 
     def advance(self) -> tuple[int, dict[str, Found | Diverged]]:
         """Train to the next stop: its step, and what each trial that came to it measured there, or what ended it."""

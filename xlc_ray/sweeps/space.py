@@ -18,6 +18,7 @@ import numpy as np
 
 from xlc_ray import files
 from xlc_ray.config import Config, UserError, apply_overrides
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.config.sweep import Axis, SweepConfig
 
 Changes = dict[str, Any]
@@ -45,14 +46,21 @@ class Trial:
         return self.config.cluster.tensor_parallel * self.config.cluster.replicas
 
     @property
+    def models(self) -> int:
+        """Language models that make what it, or its group, reads."""
+        return self.config.cluster.model_actors if isinstance(self.config.source, LiveSource) else 0
+
+    @property
     def cpus(self) -> float:
         """CPUs that it reserves."""
-        return self.workers * self.config.cluster.cpus_per_worker
+        cluster = self.config.cluster
+        return self.workers * cluster.cpus_per_worker + self.models * cluster.cpus_per_model
 
     @property
     def gpus(self) -> float:
         """GPUs that it reserves."""
-        return self.workers * self.config.cluster.gpus_per_worker
+        cluster = self.config.cluster
+        return self.workers * cluster.gpus_per_worker + self.models * cluster.gpus_per_model
 
 
 def trials(sweep: SweepConfig) -> list[Trial]:

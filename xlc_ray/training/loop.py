@@ -26,6 +26,8 @@ from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
 CPU = torch.device("cpu")
+ReadBatches = Callable[..., Read]
+"""`source.batches`, or another function that gives the same."""
 FREE = (
     "out",
     "cluster",
@@ -75,13 +77,24 @@ def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
     return order.Order(chunk_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
 
 
+def reading(batches: ReadBatches, config: Config, data: store.Store, shards: Shards) -> Reader:
+    """A reader of a run's rows by `batches`, which takes what `source.batches` takes, and reads where it will."""
+
+    def read(wiring: Wiring, first: int, memory: Memory) -> Read:
+        train, rows = config.train, order_for(config, data.chunk_rows)
+        return batches(
+            data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
+        )
+
+    return read
+
+
 def in_process(config: Config, data: store.Store, shards: Shards, device: torch.device = CPU) -> Reader:
     """A reader without a cluster, for ranks on a device."""
 
     def read(wiring: Wiring, first: int, memory: Memory) -> Read:
-        train, rows = config.train, order_for(config, data.chunk_rows)
-        what = data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
-        return source.packed_batches(*what) if goes_packed(data.dtype, device) else source.batches(*what, memory)
+        here = source.packed_batches if goes_packed(data.dtype, device) else partial(source.batches, memory=memory)
+        return reading(here, config, data, shards)(wiring, first, memory)
 
     return read
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from xlc_ray.activations import store
 from xlc_ray.config import Config
+from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.training import loop
 from xlc_ray.training.feed import Reader, for_all_ranks
@@ -26,15 +27,17 @@ Line = dict[str, Any]
 
 
 def stream(config: Config, data: store.Store) -> Hashable:
-    """Equal for runs that read the same rows of the same sites in the same order on as many ranks, and for no others.
-    Raises UserError where the store does not fit.
+    """Equal for runs that read the same rows of the same sites in the same order on as many ranks (and, live, from as
+    many language models of the same size), and for no others. Raises UserError where the store does not fit.
 
     Training by what the language model predicts reads text of its own: such a run is equal to itself alone."""
     sites, cluster = frozenset(loop.wiring_for(config, data).sites), config.cluster
     if config.train.end_to_end:
         return config.out
     ranks = cluster.tensor_parallel, cluster.replicas, cluster.cpus_per_worker, cluster.gpus_per_worker
-    return config.source.model_dump_json(), config.seed, config.train.batch_tokens, ranks, sites
+    models = cluster.model_actors, cluster.cpus_per_model, cluster.gpus_per_model
+    made_by = models if isinstance(config.source, LiveSource) else None
+    return config.source.model_dump_json(), config.seed, config.train.batch_tokens, ranks, made_by, sites
 
 
 @dataclass(frozen=True)
