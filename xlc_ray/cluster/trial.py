@@ -106,8 +106,8 @@ class TrialGroup(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"at": step, "found": [(trial, held-out metrics)], "failed": [(trial, why no retry would save it)], "apart":
-        whether the trials must be tried one by one}. Lists, since Tune takes mappings apart."""
+        """{"at": step, "found": [(trial, held-out metrics)], "diverged": [(trial, how)], "failed": [(trial, why no
+        retry would save it)], "apart": whether trials must be tried one by one}. Lists: Tune takes mappings apart."""
         try:
             cut = self._cut()
             if not self.begun:
@@ -116,10 +116,11 @@ class TrialGroup(tune.Trainable):
             at, said = self._advance(cut)
         except UserError as error:
             alone = len(self.tasks) == 1
-            return {"at": 0, "found": [], "failed": [(self.tasks[0].name, str(error))] * alone, "apart": not alone}
-        failed = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
+            failed = [(self.tasks[0].name, str(error))] * alone
+            return {"at": 0, "found": [], "diverged": [], "failed": failed, "apart": not alone}
+        diverged = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
         found = [(name, found) for name, found in said.items() if not isinstance(found, Diverged)]
-        return {"at": at, "found": found, "failed": failed, "apart": False}
+        return {"at": at, "found": found, "diverged": diverged, "failed": [], "apart": False}
 
     def _cut(self) -> list[str]:
         return ray.get(self.cuts.among.remote([task.name for task in self.tasks])) if self.cuts else []

@@ -101,7 +101,7 @@ class _Next(_Kept, Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if (group := self.search.next()) is None:
-            return None if self.groups.may_part() else Searcher.FINISHED
+            return None if self.search.left or self.groups.may_part() else Searcher.FINISHED
         self.groups.running[trial_id] = group
         name = group[0].name if len(group) == 1 else f"{group[0].name}+{len(group) - 1}"
         shared = self.groups.cuts if len(group) > 1 else None
@@ -128,13 +128,15 @@ class _Rungs(_Kept, FIFOScheduler):
         self.groups = groups
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        board, failed, found = self.groups.board, dict(result["failed"]), dict(result["found"])
+        board, found = self.groups.board, dict(result["found"])
         if result["apart"]:
             return TrialScheduler.STOP
-        for name, why in failed.items():
+        for name, why in result["failed"]:
             board.failed(name, why)
-        on = board.reached(result["at"], found)
-        self.groups.cut([name for name in (*found, *failed) if name not in on])
+        for name, how in result["diverged"]:
+            board.diverged(name, how)
+        on, others = board.reached(result["at"], found), [name for name, _ in (*result["failed"], *result["diverged"])]
+        self.groups.cut([name for name in (*found, *others) if name not in on])
         return TrialScheduler.CONTINUE if self.groups.left(trial.trial_id) else TrialScheduler.STOP
 
 
