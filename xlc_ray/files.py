@@ -258,7 +258,7 @@ def copy(source: str, path: str) -> None:
     if is_url(path):
         _write_there(path, lambda: fs.cp_file(filesystem(source)[1], inner))
         return
-    with writing(path), open(local(source), "rb") as old, open(local(path), "wb") as new:
+    with open(local(source), "rb") as old, writing(path), open(local(path), "wb") as new:
         shutil.copyfileobj(old, new, COPIED_AT_ONCE)
         new.flush()
         os.fsync(new.fileno())

@@ -78,6 +78,14 @@ class _Groups(_Kept):
         self.board, self.cuts = board, cuts
         self.running: dict[str, Group] = {}
 
+    def begin(self, id: str, group: Group) -> Any:
+        """A group will have workers: what it asks for who has left; None where nobody can leave before the others."""
+        self.running[id] = group
+        if len(group) == 1:
+            return None
+        ray.get(self.cuts.forget.remote([trial.name for trial in group]))
+        return self.cuts
+
     def cut(self, names: list[str]) -> None:
         """Before the next step these leave their group."""
         if self.cuts is not None:
@@ -102,10 +110,9 @@ class _Next(_Kept, Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if (group := self.search.next()) is None:
             return None if self.search.left or self.groups.may_part() else Searcher.FINISHED
-        self.groups.running[trial_id] = group
+        cuts = self.groups.begin(trial_id, group)
         name = group[0].name if len(group) == 1 else f"{group[0].name}+{len(group) - 1}"
-        shared = self.groups.cuts if len(group) > 1 else None
-        return {"name": name, "tasks": tuple(map(self.groups.board.task, group)), "cuts": shared}
+        return {"name": name, "tasks": tuple(map(self.groups.board.task, group)), "cuts": cuts}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         left = self.groups.left(trial_id)
