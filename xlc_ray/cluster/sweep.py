@@ -53,6 +53,7 @@ def sweep(
     that fails does not end the others.
     """
     settings, listed = plan(path, overrides, limit, resume)
+    _same(settings)
     board = Board(settings, Table())
     search = _search(settings, listed, board)
     known = listed or corners(settings)
@@ -67,7 +68,7 @@ def sweep(
         size = search.share(
             lambda trial: streams[trial.name], settings.resources.sharing, settings.search.max_concurrent
         )
-    _keep(settings)
+    files.write_bytes(files.join(settings.out, SETTINGS), settings.yaml().encode())
     board.write()
     with nullcontext() if local else driving(settings.out):
         if local:
@@ -185,8 +186,8 @@ def _check(settings: SweepConfig, known: list[Trial]) -> dict[str, Hashable]:
     return streams
 
 
-def _keep(settings: SweepConfig) -> None:
-    """Write sweep.yaml. Raises UserError where the directory holds another sweep."""
+def _same(settings: SweepConfig) -> None:
+    """Raise UserError where the directory holds another sweep."""
     path = files.join(settings.out, SETTINGS)
     if files.exists(path):
         free = tuple(name for name in FREE if not (settings.pbt and name in POPULATION))
@@ -197,7 +198,6 @@ def _keep(settings: SweepConfig) -> None:
                 f"{settings.out}: holds a sweep with other settings ({changed}: {before.get(changed)!r}, now "
                 f"{now.get(changed)!r}); choose another --out"
             )
-    files.write_bytes(path, settings.yaml().encode())
 
 
 def _decisive(tree: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:

@@ -142,8 +142,9 @@ class _Rungs(_Kept, FIFOScheduler):
             board.failed(name, why)
         for name, how in result["diverged"]:
             board.diverged(name, how)
-        on, others = board.reached(result["at"], found), [name for name, _ in (*result["failed"], *result["diverged"])]
-        self.groups.cut([name for name in (*found, *others) if name not in on])
+        on = board.reached(result["at"], found)
+        came = [*found, *dict(result["failed"]), *dict(result["diverged"])]
+        self.groups.cut([name for name in came if name not in on])
         return TrialScheduler.CONTINUE if self.groups.left(trial.trial_id) else TrialScheduler.STOP
 
 

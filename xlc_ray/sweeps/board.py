@@ -111,11 +111,8 @@ class Board:
         rows = [row for row in self.rows.values() if row.state == "paused"]
         for row in rows:
             if move := moves.get(row.trial):
-                now = settings_of(move.changes)
-                told = {"step": step, "from": move.source, "settings": now} | (
-                    {"error": row.error} if row.error else {}
-                )
-                row.history = [*row.history, told]
+                now, ended = settings_of(move.changes), {"error": row.error} if row.error else {}
+                row.history = [*row.history, {"step": step, "from": move.source, "settings": now, **ended}]
                 row.step, row.changes, row.settings, row.error = step, move.changes, now, None
                 row.metrics = self.rows[move.source].metrics
             row.state = "failed" if row.error else "waiting"
