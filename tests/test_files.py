@@ -22,6 +22,9 @@ def test_verbs_agree_at_paths_and_urls(tmp_path, base):
     assert files.read_bytes(files.join(base, "lines")) == b"one\ntwo\n"
     assert files.listdir(base) == ["a", "lines"]
     assert files.name(path) == "note.json"
+    files.copy(path, files.join(base, "copy"))
+    files.write_json(path, {})
+    assert files.read_json(files.join(base, "copy")) == {"x": [1.5, None]}
     files.remove(files.join(base, "a"))
     assert not files.exists(path)
     files.remove(path)  # what is not there needs no removing

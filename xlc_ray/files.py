@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import sys
 import time
 import uuid
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, *_PLACES)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
+COPIED_AT_ONCE = 2**24
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs")
 _LIBRARIES = {
     "aiohttp": "ClientError",
@@ -248,6 +250,18 @@ def _write_there(path: str, write: Callable[[], None]) -> None:
         again(path, write)
     except FileNotFoundError as error:  # no such bucket
         raise UserError(f"{path}: cannot be written: {said(error)}") from None
+
+
+def copy(source: str, path: str) -> None:
+    """Copy a file to another place of the same file system. It is on the disk before this returns."""
+    fs, inner = filesystem(path)
+    if is_url(path):
+        _write_there(path, lambda: fs.cp_file(filesystem(source)[1], inner))
+        return
+    with open(local(source), "rb") as old, writing(path), open(local(path), "wb") as new:
+        shutil.copyfileobj(old, new, COPIED_AT_ONCE)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 def write_json(path: str, value: Any) -> None:

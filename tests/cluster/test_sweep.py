@@ -147,3 +147,20 @@ def test_a_killed_driver_resumes_to_the_frame_of_an_uninterrupted_sweep(written,
     assert_same(xlc.Sweep(out).frame(), whole)
     assert os.stat(f"{kept}/metrics.jsonl").st_mtime_ns == written_at
     assert "4 trials: 4 finished, 0 stopped early, 0 failed; 100% of the steps" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_population_larger_than_the_cluster_is_that_of_one_process(cluster, written, tmp_path):
+    """Two of four trials at once; two ranks each; then three in one worker group, of which one diverges."""
+    space = {"train.lr": {"choice": [1e300, 0.01, 0.003, 1e-5]}}
+    search = {"metric": "fvu"}
+    path = written(
+        space=space, search=search, pbt={"interval": 4}, changes={"cluster.replicas": 2, "cluster.cpus_per_worker": 1}
+    )
+    alone = sweep(path, {"out": str(tmp_path / "alone")}, local=True)
+    assert files.read_json(f"{alone.out}/sweep.json")["replaced"] == 2
+    for out, more in (("one", {}), ("shared", {"share_activations": True, "resources.sharing": 3})):
+        found = sweep(path, {"out": str(tmp_path / out), **more})
+        assert_same(found.frame(), alone.frame())
+        assert [row.history for row in found.rows()] == [row.history for row in alone.rows()]
+    assert [group.state for group in list_placement_groups(address()) if group.state != "REMOVED"] == []

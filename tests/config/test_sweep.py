@@ -16,6 +16,7 @@ space:
   dictionary.gate.k: {{choice: [8, 16]}}
   train.lr: {{choice: [1e-3, 2e-3]}}
 """
+PBT = {"pbt": {"interval": 10}, "space": {"train.lr": {"choice": [1e-3, 2e-3]}}}
 
 
 @pytest.fixture
@@ -83,6 +84,18 @@ def test_overrides_reach_the_sweep_its_base_and_single_axes(load):
         ({"asha": {"grace": 3}, "space.train.steps": {"choice": [1, 2]}}, "rungs compare trials of equal length"),
         ({"share_activations": True, "search": {"kind": "optuna", "num_samples": 2}}, "optuna chooses trials by what"),
         ({"resources.sharing": 2}, "resources.sharing: does nothing without share_activations: true"),
+        ({**PBT, "asha": {"grace": 3}}, "pbt: replaces trials where asha ends them; give one of the two"),
+        ({**PBT, "search": {"kind": "optuna", "num_samples": 4}}, "search.kind: pbt wants its population at once"),
+        ({**PBT, "cases": [{"train.lr": 1}]}, "cases: pbt changes axes by themselves"),
+        (
+            {**PBT, "space.dictionary.gate.k": {"choice": [8, 9]}},
+            "space.dictionary.gate.k: cannot change while a trial",
+        ),
+        ({**PBT, "space.seed": {"choice": [1, 2]}}, "as pbt does; allowed: train.lr, train.lr_schedule, "),
+        ({**PBT, "space.train.loss": {"choice": [{}]}}, None),
+        ({**PBT, "space.train.losses": {"choice": [{}]}}, "space.train.losses: cannot change"),
+        ({**PBT, "pbt.interval": 40}, "pbt.interval: 40 leaves no comparison before train.steps = 40; use less"),
+        ({**PBT, "pbt.quantile": 0.6}, "pbt.quantile"),
         ({"base": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
     ],
 )

@@ -120,6 +120,22 @@ def test_an_older_checkpoint_is_loaded_by_its_step(tmp_path):
         checkpoint.load_dictionary(str(tmp_path), 1)
 
 
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_run_that_adopts_a_checkpoint_has_that_one_alone_and_says_whose_it_was(tmp_path, place):
+    base = str(tmp_path) if place == "local" else f"memory://{tmp_path.name}"
+    mine, theirs = files.join(base, "mine"), files.join(base, "theirs")
+    trained("batchtopk", 4, mine)
+    other = trained("batchtopk", 3, theirs, **{"train.lr": 0.5})
+    before = snapshot(other)
+    checkpoint.adopt(mine, theirs, 3)
+    assert checkpoint.steps(mine) == [3]
+    assert checkpoint.facts(mine, 3) == checkpoint.facts(theirs, 3) | {"adopted_from": "theirs"}
+    files.remove(theirs)
+    after = learner("batchtopk", seed=9)
+    after.resume(mine, 3)
+    assert all(torch.equal(after.state()[name], value) for name, value in before.items())
+
+
 def test_a_run_without_checkpoints_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: no complete checkpoint"):
         checkpoint.load_dictionary(str(tmp_path))

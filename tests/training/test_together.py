@@ -95,8 +95,8 @@ def test_one_batch_is_held_and_none_for_those_that_left(configs, monkeypatch):
     alive = weakref.WeakSet()
     real = source.batches
 
-    def watched(*given):
-        for batch in real(*given):
+    def watched(*given, memory):
+        for batch in real(*given, memory=memory):
             alive.update(batch.values())
             yield batch
             del batch

@@ -15,6 +15,10 @@ class Cuts:
         """These leave."""
         self.names |= set(names)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """These begin, whatever was before: trials of a population leave at each comparison, and come again."""
+        self.names -= set(names)
+
     def among(self, names: Iterable[str]) -> list[str]:
         """Which of these leave."""
         return sorted(self.names & set(names))

@@ -32,7 +32,8 @@ class Run:
     name: str
     path: str
     state: str
-    """starting, running, stalled, finished, interrupted, failed; stopped: nobody drives it, or its sweep ended it."""
+    """starting, running, stalled, finished, interrupted, failed; stopped: nobody drives it, or its sweep ended it;
+    paused: it waits for the others of its population."""
     driver: Driver | None = None
     metrics: dict[str, Any] | None = None
     """The newest line of metrics.jsonl."""
@@ -115,7 +116,8 @@ def _run(path: str, name: str, sweep: Driver | None, told: dict[str, Any], trial
     seconds = train.get("batch_tokens", 0) / last["tokens_per_s"] if last and last["tokens_per_s"] else 0.0
     limit = max(QUIET_SECONDS, QUIET_LINES * seconds * train.get("log_every", 0))
     state = told.get("state") or ""
-    if state not in OVER:
+    waits = state == "paused" and sweep is not None and sweep.alive() is not False
+    if state not in OVER and not waits:
         state = _state(own, sweep, step, steps, age > limit)
     left = max(0.0, (steps - step) * seconds - age) if state == "running" and last else None
     error = told.get("error") or (own.error if own else None)

@@ -19,10 +19,12 @@ from xlc_ray.config.sweep import SweepConfig, read_tree, sweep_of
 from xlc_ray.sweeps import grids
 from xlc_ray.sweeps.asha import rungs
 from xlc_ray.sweeps.board import Board, read_rows
+from xlc_ray.sweeps.generations import Generations
 from xlc_ray.sweeps.local import run_group
+from xlc_ray.sweeps.pbt import replaced, stops
 from xlc_ray.sweeps.rank import PREDICTED
 from xlc_ray.sweeps.result import Sweep
-from xlc_ray.sweeps.search import Listed, Search, make_search
+from xlc_ray.sweeps.search import Listed, Proposals, Search
 from xlc_ray.sweeps.space import Trial, corners, flatten, settings_of, trials
 from xlc_ray.sweeps.table import Table
 from xlc_ray.training import together
@@ -32,6 +34,8 @@ REPORT = "report.html"
 FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "share_activations", "resources",
         "base.cluster", "base.out")  # fmt: skip
 """Settings that may differ when a sweep goes on."""
+POPULATION = ("search.max_trials", "search.num_samples")
+"""But not these where trials are a population: who is replaced depends on all."""
 
 
 def sweep(
@@ -50,8 +54,9 @@ def sweep(
     that fails does not end the others.
     """
     settings, listed = plan(path, overrides, limit, resume)
+    _same(settings)
     board = Board(settings, Table())
-    search = make_search(settings, listed, board, read_rows(settings.out))
+    search = _search(settings, listed, board)
     known = listed or corners(settings)
     if local:
         live_sweep.refuse_locally(known)
@@ -67,7 +72,7 @@ def sweep(
         size = search.share(
             lambda trial: streams[trial.name], settings.resources.sharing, settings.search.max_concurrent
         )
-    _keep(settings)
+    files.write_bytes(files.join(settings.out, SETTINGS), settings.yaml().encode())
     board.write()
     with nullcontext() if local else driving(settings.out):
         if local:
@@ -80,6 +85,14 @@ def sweep(
     found = Sweep(settings.out)
     found.plot(files.join(settings.out, REPORT))
     return found
+
+
+def _search(settings: SweepConfig, listed: list[Trial], board: Board) -> Search:
+    """Going on from the rows of an earlier session. Puts what is known on the board."""
+    before = read_rows(settings.out)
+    if settings.pbt:
+        return Generations(settings, listed, board, before)
+    return Proposals(settings, board, before) if settings.search.kind == "optuna" else Listed(listed, board, before)
 
 
 def _run_here(board: Board, search: Search) -> None:
@@ -107,9 +120,12 @@ def plan(
     settings = sweep_of(tree, file, given)
     out = settings.out if files.is_url(settings.out) else str(output_root() / Path(settings.out).expanduser())
     settings = settings.model_copy(update={"out": out, "base": resolve(settings.base.override({"out": out}))})
-    if settings.search.kind != "grid":
+    if settings.search.kind != "grid" or settings.pbt:
         corners(settings)
-    return settings, trials(settings)
+    found = trials(settings)
+    if settings.pbt:
+        replaced(settings.pbt.quantile, len(found))
+    return settings, found
 
 
 def _from_grid(tree: dict[str, Any], file: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +152,13 @@ def dry_run(
         values = ", ".join(f"{path}={value}" for path, value in settings_of(trial.changes).items())
         yield f"{trial.name}   {taken}   {values}"
     steps = sum(trial.config.train.steps for trial in known)
-    stops = rungs(settings.asha, settings.base.train.steps)
-    cut = f", cut at {', '.join(f'{rung:,}' for rung in stops)}" if stops else ""
-    if listed:
+    last = settings.base.train.steps
+    at = ", ".join(f"{step:,}" for step in stops(settings.pbt, last) or rungs(settings.asha, last))
+    cut = f", cut at {at}" if at else ""
+    if settings.pbt:
+        most = replaced(settings.pbt.quantile, len(listed))
+        yield f"{len(listed)} trials, {steps:,} steps, up to {most} of them replaced at {at}; nothing was started"
+    elif listed:
         yield f"{len(listed)} trials, {steps:,} steps if none is cut short{cut}; nothing was started"
     else:
         yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
@@ -171,22 +191,22 @@ def _check(settings: SweepConfig, known: list[Trial]) -> tuple[dict[str, Hashabl
     return streams, live_sweep.check(known, stores) if any(trial.models for trial in known) else None
 
 
-def _keep(settings: SweepConfig) -> None:
-    """Write sweep.yaml. Raises UserError where the directory holds another sweep."""
+def _same(settings: SweepConfig) -> None:
+    """Raise UserError where the directory holds another sweep."""
     path = files.join(settings.out, SETTINGS)
     if files.exists(path):
-        before = _decisive(yaml_text.parse_mapping(files.read_bytes(path), path))
-        now = _decisive(yaml_text.parse_mapping(settings.yaml().encode(), path))
+        free = tuple(name for name in FREE if not (settings.pbt and name in POPULATION))
+        before = _decisive(yaml_text.parse_mapping(files.read_bytes(path), path), free)
+        now = _decisive(yaml_text.parse_mapping(settings.yaml().encode(), path), free)
         if changed := next((key for key in before | now if before.get(key) != now.get(key)), None):
             raise UserError(
                 f"{settings.out}: holds a sweep with other settings ({changed}: {before.get(changed)!r}, now "
                 f"{now.get(changed)!r}); choose another --out"
             )
-    files.write_bytes(path, settings.yaml().encode())
 
 
-def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
-    return {path: value for path, value in flatten(tree).items() if not path.startswith(FREE)}
+def _decisive(tree: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+    return {path: value for path, value in flatten(tree).items() if not path.startswith(free)}
 
 
 def _at_once(settings: SweepConfig, known: list[Trial], size: int, held: int | None) -> int | None:

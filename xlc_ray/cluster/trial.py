@@ -134,9 +134,9 @@ class TrialGroup(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"at": step, "found": [(trial, held-out metrics)], "failed": [(trial, why no retry would save it)], "apart":
-        whether the trials must be tried one by one, "live": what generators have done since "begun"}. Lists, since Tune
-        takes mappings apart."""
+        """{"at": step, "found": [(trial, held-out metrics)], "diverged": [(trial, how)], "failed": [(trial, why no
+        retry would save it)], "apart": whether the trials must be tried one by one, "live": what generators have done
+        since "begun"}. Lists, since Tune takes mappings apart."""
         try:
             cut = self._cut()
             if not self.begun:
@@ -145,13 +145,14 @@ class TrialGroup(tune.Trainable):
             at, said, made = self._advance(cut)
         except UserError as error:
             alone, failed = len(self.tasks) == 1, [(self.tasks[0].name, str(error))]
-            return self._said(0, [], failed if alone else [], not alone, [])
-        failed = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
+            return self._said(0, [], [], failed if alone else [], not alone, [])
+        diverged = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
         found = [(name, found) for name, found in said.items() if not isinstance(found, Diverged)]
-        return self._said(at, found, failed, False, made)
+        return self._said(at, found, diverged, [], False, made)
 
-    def _said(self, at: int, found: list, failed: list, apart: bool, made: list) -> dict[str, Any]:
-        return {"at": at, "found": found, "failed": failed, "apart": apart, "live": made, "begun": self.begun}
+    def _said(self, at: int, found: list, diverged: list, failed: list, apart: bool, made: list) -> dict[str, Any]:
+        told = {"at": at, "found": found, "diverged": diverged, "failed": failed, "apart": apart}
+        return told | {"live": made, "begun": self.begun}
 
     def _made(self) -> list[tuple[str, int]]:
         """What generators have done. Where all trials have ended they write what is left to write, and rest."""

@@ -83,6 +83,14 @@ class _Groups(_Kept):
         self.live: dict[tuple[str, float], dict[str, int]] = {}
         """What generators had done at a group's last stop, by group and when it began."""
 
+    def begin(self, id: str, group: Group) -> Any:
+        """A group will have workers: what it asks for who has left; None where nobody can leave before the others."""
+        self.running[id] = group
+        if len(group) == 1:
+            return None
+        ray.get(self.cuts.forget.remote([trial.name for trial in group]))
+        return self.cuts
+
     def cut(self, names: list[str]) -> None:
         """Before the next step these leave their group."""
         if self.cuts is not None:
@@ -106,11 +114,10 @@ class _Next(_Kept, Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if (group := self.search.next()) is None:
-            return None if self.groups.may_part() else Searcher.FINISHED
-        self.groups.running[trial_id] = group
+            return None if self.search.left or self.groups.may_part() else Searcher.FINISHED
+        cuts = self.groups.begin(trial_id, group)
         name = group[0].name if len(group) == 1 else f"{group[0].name}+{len(group) - 1}"
-        shared = self.groups.cuts if len(group) > 1 else None
-        return {"name": name, "tasks": tuple(map(self.groups.board.task, group)), "cuts": shared}
+        return {"name": name, "tasks": tuple(map(self.groups.board.task, group)), "cuts": cuts}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         left = self.groups.left(trial_id)
@@ -133,15 +140,18 @@ class _Rungs(_Kept, FIFOScheduler):
         self.groups = groups
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        board, failed, found = self.groups.board, dict(result["failed"]), dict(result["found"])
+        board, found = self.groups.board, dict(result["found"])
         if result["live"]:
             self.groups.live[trial.trial_id, result["begun"]] = dict(result["live"])
         if result["apart"]:
             return TrialScheduler.STOP
-        for name, why in failed.items():
+        for name, why in result["failed"]:
             board.failed(name, why)
+        for name, how in result["diverged"]:
+            board.diverged(name, how)
         on = board.reached(result["at"], found)
-        self.groups.cut([name for name in (*found, *failed) if name not in on])
+        came = [*found, *dict(result["failed"]), *dict(result["diverged"])]
+        self.groups.cut([name for name in came if name not in on])
         return TrialScheduler.CONTINUE if self.groups.left(trial.trial_id) else TrialScheduler.STOP
 
 

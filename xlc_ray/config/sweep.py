@@ -9,11 +9,24 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from xlc_ray.config import Config, apply_overrides, yaml_text
-from xlc_ray.config.base import Name, Settings
+from xlc_ray.config.base import Fraction, Name, Settings
 from xlc_ray.config.errors import UserError, explain
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 AXES = ("choice", "grid", "uniform", "loguniform", "randint")
+CHANGEABLE = (
+    "train.lr",
+    "train.lr_schedule",
+    "train.clip_norm",
+    "train.optimizer",
+    "train.loss",
+    "train.dead_after_tokens",
+    "train.end_to_end.kl",
+    "train.end_to_end.downstream",
+    "train.end_to_end.reconstruction",
+)
+"""What may change while a run trains: these sections and all below them decide neither the shapes in a checkpoint nor
+which rows come next, and keep no state of their own but the optimizer's moments, which fit all its settings."""
 
 
 def _rises(ends: tuple[float, float]) -> tuple[float, float]:
@@ -120,6 +133,21 @@ class Asha(Settings):
         return self
 
 
+class Pbt(Settings):
+    """Population based training: every `interval` steps the worst trials go on from the parameters of the best ones,
+    with settings a little off theirs (Jaderberg et al. 2017). The trials of the search are the population."""
+
+    interval: Annotated[int, Field(ge=1)]
+    """Steps between comparisons, at which a trial waits for all others."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the population that is replaced, and from which the parameters come, at most."""
+    factor: Annotated[float, Field(gt=1)] = 1.25
+    """A number is multiplied or divided by this, within its range; of a choice it becomes the next value or the one
+    before."""
+    resample: Fraction = 0.25
+    """Probability that a setting is drawn anew instead."""
+
+
 class Resources(Settings):
     """What all trials together may take of the cluster; a trial takes what its `cluster` settings say."""
 
@@ -149,6 +177,8 @@ class SweepConfig(Settings):
     """How trials are chosen and judged."""
     asha: Asha | None = None
     """Cuts short what is not worth its steps; null = all trials run to the end."""
+    pbt: Pbt | None = None
+    """Changes settings of trials while they train; null = none changes."""
     share_activations: bool = False
     """Trials that read the same rows (same source, sites, batch_tokens, seed and ranks) train in one worker group, each
     batch being read, or made by a live source's language models, once for all of them."""
@@ -187,7 +217,28 @@ class SweepConfig(Settings):
         varied = [*self.space, *(path for case in self.cases for path in case)]
         if self.asha and any(_related(path, "train.steps") for path in varied):
             raise ValueError("space.train.steps: rungs compare trials of equal length; set asha: null")
+        if self.pbt:
+            self._population_fits(self.pbt)
         return self
+
+    def _population_fits(self, pbt: Pbt) -> None:
+        if self.asha:
+            raise ValueError("pbt: replaces trials where asha ends them; give one of the two")
+        if self.search.kind == "optuna":
+            raise ValueError(
+                "search.kind: pbt wants its population at once, optuna chooses one by one; allowed: grid, random"
+            )
+        if self.cases:
+            raise ValueError("cases: pbt changes axes by themselves; use override for what all trials share, and space")
+        for path in self.space:
+            if not any(f"{path}.".startswith(f"{allowed}.") for allowed in CHANGEABLE):
+                raise ValueError(
+                    f"space.{path}: cannot change while a trial trains, as pbt does; allowed: {', '.join(CHANGEABLE)}"
+                )
+        if pbt.interval >= (steps := self.base.train.steps):
+            raise ValueError(
+                f"pbt.interval: {pbt.interval} leaves no comparison before train.steps = {steps}; use less"
+            )
 
     def yaml(self) -> str:
         """Exactly these settings, as YAML that `load_sweep` reads back."""

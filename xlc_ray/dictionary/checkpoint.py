@@ -84,9 +84,27 @@ def _prune(run_dir: str, kept: list[int]) -> None:
     """Remove what is older than the checkpoints that are kept, parts of interrupted saves too."""
     for name in files.listdir(files.join(run_dir, "checkpoints")):
         if (step := _step_of(name)) is not None and step < kept[0]:
-            path = _path(run_dir, step)
-            files.remove(files.join(path, MARKER))  # first: what is removed by half is no checkpoint
-            files.remove(path)
+            _remove(run_dir, step)
+
+
+def _remove(run_dir: str, step: int) -> None:
+    path = _path(run_dir, step)
+    files.remove(files.join(path, MARKER))  # first: what is removed by half is no checkpoint
+    files.remove(path)
+
+
+def adopt(run_dir: str, source: str, step: int) -> None:
+    """Make a copy of the checkpoint of another run, `source`, the only one of this run (one process calls this, while
+    nobody trains either). The copy's facts say whose it was: `adopted_from`."""
+    for name in files.listdir(files.join(run_dir, "checkpoints")):
+        if (old := _step_of(name)) is not None:
+            _remove(run_dir, old)
+    theirs, path = _path(source, step), _path(run_dir, step)
+    files.makedirs(path)
+    for name in files.listdir(theirs):
+        if name != MARKER:
+            files.copy(files.join(theirs, name), files.join(path, name))
+    files.write_json(files.join(path, MARKER), facts(source, step) | {"adopted_from": files.name(source)})
 
 
 class Background:

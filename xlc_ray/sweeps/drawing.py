@@ -5,6 +5,7 @@ Whatever belongs to a trial carries its number in `data-t`: the page's script li
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -103,7 +104,18 @@ def words(row: Row) -> str:
     """A trial, for those who point at it."""
     lines = [f"{row['trial']} ({row['state']} at step {row['step']:,})"]
     lines += [f"{path} = {value}" for path, value in row["settings"].items()]
+    lines += past(row)
     return "\n".join([*lines, *(f"{n} = {value:.4g}" for n, value in row["metrics"].items() if value is not None)])
+
+
+def past(row: Row) -> list[str]:
+    """Each time that a trial of a population was replaced, newest last."""
+    told = row.get("history") or []
+    return [
+        f"at step {now['step']:,} from {now['from']}, before: "
+        + ", ".join(f"{path} = {value}" for path, value in before["settings"].items())
+        for before, now in itertools.pairwise(told)
+    ]
 
 
 def _has(row: Row, *names: str) -> bool:

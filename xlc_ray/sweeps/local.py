@@ -51,7 +51,7 @@ def _advance(board: Board, rank: TrialRank) -> None:
     step, found = rank.advance()
     for name, said in found.items():
         if isinstance(said, Diverged):
-            board.failed(name, str(said))
+            board.diverged(name, str(said))
     came = {name: said for name, said in found.items() if not isinstance(said, Diverged)}
     on = board.reached(step, came)
     rank.leave(set(came) - set(on))

@@ -50,9 +50,10 @@ def report(
     """The page. `best`: the names of the trials on the frontier of the metrics x and y; `lines`: of each trial, what is
     left unexplained of training batches, by step."""
     share = summary["share_of_full_steps"]
+    moved = f", {summary['replaced']} times replaced" if summary.get("replaced") else ""
     facts = (
         f"{summary['trials']} trials: {summary['finished']} finished, {summary['stopped']} stopped early, "
-        f"{summary['failed']} failed; {share:.0%} of the steps that all would take; {len(best)} on the frontier."
+        f"{summary['failed']} failed{moved}; {share:.0%} of the steps that all would take; {len(best)} on the frontier."
     )
     body = [
         '<p class="kicker">Sweep</p>',
@@ -118,7 +119,8 @@ def _table(rows: Sequence[Row], best: set[str], names: Sequence[str]) -> str:
         cells = [row["state"], f"{row['step']:,} / {row['steps']:,}"]
         cells += [f"{row['metrics'][n]:.4g}" if row["metrics"].get(n) is not None else "" for n in names]
         mark = ' class="best"' if row["trial"] in best else ""
-        error = f'<td class="error">{escape(row["error"])}</td>' if row.get("error") else ""
+        more = "; ".join([*drawing.past(row), *([row["error"]] if row.get("error") else [])])
+        error = f'<td class="error">{escape(more)}</td>' if more else ""
         cells = [f"<td>{escape(cell)}</td>" for cell in cells]
         lines.append(f'<tr data-t="{i}"{mark}><th>{escape(row["trial"])}</th>{"".join(cells)}{error}</tr>')
     return (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlc_ray import files
 from xlc_ray.config import UserError
+from xlc_ray.config.errors import nearest
 from xlc_ray.sweeps import page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
 from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto
@@ -68,6 +69,22 @@ class Sweep:
         settings = dict.fromkeys(path for row in rows for path in row.settings)
         columns = ["trial", "state", "step", *settings, *names, "out", "error"]
         return pd.DataFrame(found, columns=columns)
+
+    def lineage(self, trial: str) -> pd.DataFrame:
+        """Under which settings the parameters of a trial were trained: a row a stretch of steps, `begin` to `end`, with
+        the `trial` that trained them there. One row, unless it was replaced in a population. Raises UserError."""
+        import pandas as pd
+
+        rows = {row.trial: row for row in self.rows()}
+        if trial not in rows:
+            raise UserError(f"{trial}: no such trial; {nearest(trial, list(rows))}")
+        name, end, parts = trial, rows[trial].step, []
+        while name is not None:
+            past = rows[name].history or [{"step": 0, "from": None, "settings": rows[name].settings}]
+            begun = [told for told in past if told["step"] <= end][-1]
+            parts += [{"begin": begun["step"], "end": end, "trial": name} | begun["settings"]] * (begun["step"] < end)
+            name, end = begun["from"], begun["step"]
+        return pd.DataFrame(parts[::-1])
 
     def pareto(self, x: str = "l0", y: str = "fvu") -> pd.DataFrame:
         """The rows of the frame that no other equals or beats in both metrics, by rising x."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -11,7 +12,7 @@ from xlc_ray.config import UserError
 from xlc_ray.config.sweep import Axis, SweepConfig
 from xlc_ray.sweeps.board import DONE, Board, Row
 from xlc_ray.sweeps.frontier import cost
-from xlc_ray.sweeps.space import TRIES, Changes, Trial, make, name_of, walk
+from xlc_ray.sweeps.space import TRIES, Changes, Trial, make, name_of, rounded, walk
 
 CASES = "cases"
 Group = tuple[Trial, ...]
@@ -32,11 +33,13 @@ class Search(Protocol):
         """A trial is done."""
 
 
-def make_search(sweep: SweepConfig, listed: list[Trial], board: Board, before: Mapping[str, Row]) -> Listed | Proposals:
-    """The search of a sweep, going on from the rows of an earlier session. Puts what is known on the board.
-
-    `listed`: the trials of a grid or random search."""
-    return Proposals(sweep, board, before) if sweep.search.kind == "optuna" else Listed(listed, board, before)
+def grouped(trials: Iterable[Trial], stream: Callable[[Trial], Hashable], *most: int | None) -> list[Group]:
+    """Trials of equal streams together, at most so many, each where the first of them was."""
+    groups: dict[Hashable, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(stream(trial), []).append(trial)
+    size = min([n for n in most if n] + [max(map(len, groups.values()), default=1)])
+    return [tuple(group[i : i + size]) for group in groups.values() for i in range(0, len(group), size)]
 
 
 class Listed:
@@ -50,14 +53,9 @@ class Listed:
         return sum(map(len, self.waiting))
 
     def share(self, stream: Callable[[Trial], Hashable], *most: int | None) -> int:
-        """Put trials of equal streams together, at most so many, each where the first of them was. The largest size."""
-        groups: dict[Hashable, list[Trial]] = {}
-        for (trial,) in self.waiting:
-            groups.setdefault(stream(trial), []).append(trial)
-        size = min([n for n in most if n] + [max(map(len, groups.values()), default=1)])
-        parts = (group[i : i + size] for group in groups.values() for i in range(0, len(group), size))
-        self.waiting = deque(map(tuple, parts))
-        return size
+        """Put trials of equal streams together, at most so many. The largest size."""
+        self.waiting = deque(grouped(itertools.chain(*self.waiting), stream, *most))
+        return max(map(len, self.waiting), default=1)
 
     def part(self, trials: Iterable[Trial]) -> None:
         """These come next, each by itself."""
@@ -118,6 +116,7 @@ class Proposals:
             trial = make(self.sweep, changes, name)
             self.board.add(trial)
             return (trial,)
+        self.left = 0
         return None
 
     def tell(self, row: Row) -> None:
@@ -137,8 +136,7 @@ class Proposals:
             low, high = axis.extremes
             if axis.kind == "randint":
                 return (asked.suggest_int(path, low, high),)
-            value = float(f"{asked.suggest_float(path, low, high, log=axis.kind == 'loguniform'):.4g}")
-            return (min(max(value, low), high),)
+            return (rounded(asked.suggest_float(path, low, high, log=axis.kind == "loguniform"), low, high),)
 
         count = len(self.sweep.cases)
         case = [asked.suggest_categorical(CASES, list(range(count)))] if count else range(0)

@@ -72,6 +72,8 @@ def trials(sweep: SweepConfig) -> list[Trial]:
     points = every if sweep.search.kind == "grid" else _draws(sweep)
     chosen = list(itertools.islice(points, sweep.search.max_trials))
     names = [name_of(sweep, point) for point in chosen]
+    if sweep.pbt:  # settings change, names do not
+        names = [f"member_{i:0{len(str(len(chosen) - 1))}}" for i in range(len(chosen))]
     found = [
         make(sweep, point, name if names.count(name) == 1 else f"{name}-{_hash(repr(point))}")
         for point, name in zip(chosen, names, strict=True)
@@ -149,6 +151,11 @@ def draw(axis: Axis, rng: np.random.Generator) -> Any:
         value = math.exp(rng.uniform(math.log(low), math.log(high)))
     else:
         value = rng.uniform(low, high)
+    return rounded(value, low, high)
+
+
+def rounded(value: float, low: float, high: float) -> float:
+    """To four digits, within a range."""
     return min(max(float(f"{value:.4g}"), low), high)
 
 
