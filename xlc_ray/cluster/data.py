@@ -128,9 +128,17 @@ def _cell(buffer: pa.Buffer) -> pa.Array:
 
 def _of_table(table: pa.Table) -> Iterator[PackedRows]:
     """The windows of a table; their arrays lie where the table does."""
-    for n in range(table.num_rows):
-        plan, *arrays = (column[n].as_buffer() for column in table.columns)
+    for plan, *arrays in zip(*map(_cells, table.columns), strict=True):
         yield pickle.loads(plan, buffers=arrays)
+
+
+def _cells(column: pa.ChunkedArray) -> Iterator[pa.Buffer]:
+    """What `_cell` made, not copied as Arrow's scalars are."""
+    for part in column.chunks:
+        _, raw, content = part.buffers()
+        ends = np.frombuffer(raw, np.int64)[part.offset : part.offset + len(part) + 1]
+        for start, stop in itertools.pairwise(ends.tolist()):
+            yield content.slice(start, stop - start) if content is not None else pa.py_buffer(b"")
 
 
 @functools.lru_cache(maxsize=2)
