@@ -54,6 +54,18 @@ def test_the_frontier_of_any_two_metrics(found):
         found.pareto("l0", "loss")
 
 
+def test_the_picture_is_the_frontier_in_a_file_of_its_own(found, tmp_path):
+    root = ElementTree.parse(found.plot(str(tmp_path / "frontier.svg"))).getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{name}svg"
+    dots = {
+        dot.find(f"{name}title").text.split()[0].rstrip(":"): dot.get("class") for dot in root.iter(f"{name}circle")
+    }
+    assert {trial for trial, kind in dots.items() if "best" in kind} == {"a", "b", "d"}
+    assert len(dots) == 4
+    assert "--accent:" in root.find(f"{name}style").text, "colours come along"
+
+
 def test_the_best_says_how_it_was_found(found):
     assert (found.best("fvu").trial, found.best("fvu").how) == ("d", "measured")
     between = found.best("fvu", at={"l0": 32})

@@ -17,7 +17,7 @@ PAGE = """<!doctype html>
 </html>
 """
 
-STYLE = """
+COLOURS = """
 :root {
   color-scheme: light dark;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
@@ -26,6 +26,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --page: #16181b; --ink: #e9eaec; --muted: #9aa0a8; --line: #30343a; --accent: #78a9f0; }
 }
+"""
+STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 var(--sans); }
 main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
@@ -57,3 +61,4 @@ summary { cursor: pointer; color: var(--accent); font-weight: 600; }
 pre { overflow-x: auto; padding: 1rem 0; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; }
 @media print { main { padding: 0; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
+)

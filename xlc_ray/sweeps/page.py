@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from xlc_ray import files
-from xlc_ray.evaluation.page import PAGE, STYLE
+from xlc_ray.evaluation.page import COLOURS, PAGE, STYLE
 from xlc_ray.sweeps import drawing
 from xlc_ray.sweeps.drawing import Row
 
@@ -66,6 +66,14 @@ def report(
     ]
     title = escape(f"{files.name(out)}: sweep")
     return PAGE.format(title=title, style=STYLE + SWEEP_STYLE, body="\n".join(body))
+
+
+def picture(rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
+    """The frontier alone, as an SVG file."""
+    start, _, rest = drawing.frontier(rows, best, x, y).partition(">")
+    ground = '<rect width="100%" height="100%" fill="var(--page)"/>'
+    style = f"<style>{COLOURS}{SWEEP_STYLE}</style>"
+    return f'{start} xmlns="http://www.w3.org/2000/svg">{style}{ground}{rest}\n'
 
 
 def _drawings(

@@ -131,9 +131,12 @@ class Sweep:
 
     def plot(self, path: str, x: str = "l0", y: str = "fvu") -> str:
         """Write the sweep's page to `path`, and return that: the frontier of two metrics, the settings, the learning
-        curves and a table, in one file."""
+        curves and a table, in one file. To a path that ends in .svg: the frontier alone."""
         _check(x, y)
         rows, best = self.rows(), set(self.pareto(x, y)["trial"])
+        if path.endswith(".svg"):
+            files.write_bytes(path, page.picture([asdict(row) for row in rows], best, x, y).encode())
+            return path
         summary = files.read_mapping(files.join(self.out, FILE))
         lines = [_unexplained(files.join(self.out, row.out)) for row in rows]
         text = page.report(self.out, summary, [asdict(row) for row in rows], lines, best, x, y)
