@@ -35,7 +35,7 @@ from xlc_ray.config import Config, load_config
 from xlc_ray.training import logs, train_alone
 
 ROOT = Path(__file__).resolve().parents[2]
-CHUNK, BATCH, EVERY, HELD = 2048, 1024, 5, 12
+CHUNK, BATCH, EVERY, HELD, SLICES = 2048, 1024, 5, 12, 64
 WARM = 10
 """Steps, and chunks, that do not count."""
 
@@ -47,7 +47,7 @@ def settings(path: str, folder: str, steps: int) -> Config:
         "generate.tokens": steps * BATCH,
         "generate.held_out_tokens": CHUNK,
         "generate.chunk_tokens": CHUNK,
-        "source": {"kind": "store", "path": f"{folder}/store", "make_if_missing": True, "verify": False},
+        "source": {"kind": "store", "path": f"{folder}/store", "verify": False, "window_slices": SLICES},
         "train.steps": steps,
         "train.batch_tokens": BATCH,
         "train.log_every": EVERY,
@@ -95,7 +95,8 @@ def training_alone(config: Config) -> float:
 
 def live(config: Config) -> dict[str, float]:
     """CPU seconds a token of each role in a live run, between two lines in its middle."""
-    config = config.override({"source": {"kind": "live", "path": config.source.path + "_live", "held_chunks": HELD}})
+    source = {"kind": "live", "path": config.source.path + "_live", "held_chunks": HELD, "window_slices": SLICES}
+    config = config.override({"source": source})
     generate(config)
     end = config.train.steps - HELD * CHUNK // BATCH - EVERY
     with job("train.py", config) as running:
