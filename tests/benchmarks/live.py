@@ -95,7 +95,9 @@ def training_alone(config: Config) -> float:
 
 def live(config: Config) -> dict[str, float]:
     """CPU seconds a token of each role in a live run, between two lines in its middle."""
+    # A small sample, so that the language model is there before the first line, and does not start between the two.
     source = {"kind": "live", "path": config.source.path + "_live", "held_chunks": HELD, "window_slices": SLICES}
+    source |= {"sample_tokens": CHUNK}
     config = config.override({"source": source})
     generate(config)
     end = config.train.steps - HELD * CHUNK // BATCH - EVERY
@@ -156,7 +158,7 @@ def main() -> None:
     """Measure, print, write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
-    p.add_argument("--steps", type=int, default=200)
+    p.add_argument("--steps", type=int, default=400)
     results.option(p)
     o = p.parse_args()
     found = run(o.config, o.steps)
