@@ -121,7 +121,9 @@ def serve_orders(rank: int, ranks: int, o: argparse.Namespace, meeting: str, ord
             READS[kind](path)
         else:
             if path not in streams:
-                streams[path] = epochs(path, o.batch, o.window_slices, shards)
+                many = "many_layers" in path  # windows of as many bytes
+                slices = max(1, o.window_slices * o.layers // o.many_layers) if many else o.window_slices
+                streams[path] = epochs(path, o.batch, slices, shards)
             next(streams[path])
         orders.send(True)
     dist.destroy_process_group()
