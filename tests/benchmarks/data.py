@@ -10,7 +10,7 @@ again, which stay in the processor's cache where a training rank's batches canno
 pages dropped from memory (Linux), so that the disk takes part.
 
 `store_share_of_raw` is `local` over `raw`, in bytes a second; `layers_share` is `many_layers` over `local`, in the
-same; `tp2_cost_over_tp1` is the time for a token with two ranks over that with one.
+same; `tp2_cost_over_tp1` is the time for a token with two ranks over that with one; `live_share` is live.py's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks import results, timing
+from tests.benchmarks import live, results, timing
 from tests.benchmarks.serve import server
 from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
@@ -244,6 +244,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--folder", metavar="DIR", help="keep the stores here, for the next run")
     p.add_argument("--cold", action=argparse.BooleanOptionalAction, default=hasattr(os, "posix_fadvise"))
+    p.add_argument("--live", metavar="CONFIG", default=str(live.ROOT / "configs/quickstart.yaml"),
+                   help="whose live training is compared with its parts (live.py; minutes); '' for none")  # fmt: skip
     results.option(p)
     return p.parse_args(words)
 
@@ -252,7 +254,12 @@ def main() -> None:
     o = arguments()
     with tempfile.TemporaryDirectory() as folder:
         found = run(o, o.folder or folder)
-    results.deliver(found, table(found), o.json)
+    shown = table(found)
+    if o.live:
+        alive = live.run(o.live, live.STEPS)
+        found |= {"live_share": alive["live_share"], "live": alive}
+        shown += "\n" + live.table(alive)
+    results.deliver(found, shown, o.json)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHUNK, BATCH, EVERY, HELD, SLICES = 2048, 1024, 5, 12, 64
 WARM = 10
 """Steps, and chunks, that do not count."""
+STEPS = 400
 
 
 def settings(path: str, folder: str, steps: int) -> Config:
@@ -158,7 +159,7 @@ def main() -> None:
     """Measure, print, write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
-    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--steps", type=int, default=STEPS)
     results.option(p)
     o = p.parse_args()
     found = run(o.config, o.steps)

@@ -104,6 +104,7 @@ def swept(stored, tmp_path_factory):
     return folder, found.frame(), said.getvalue()
 
 
+@pytest.mark.slow
 def test_one_pass_of_the_language_model_serves_all_trials_each_as_from_a_store_alone(swept, stored, tmp_path):
     _, frame, said = swept
     assert list(frame["state"]) == ["finished", "stopped", "finished", "stopped"]
@@ -114,6 +115,7 @@ def test_one_pass_of_the_language_model_serves_all_trials_each_as_from_a_store_a
     assert_all_given_back()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_goes_on_begins_at_the_text_where_its_trials_are(swept, tmp_path, capsys):
     folder, frame, _ = swept
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
