@@ -196,7 +196,7 @@ def node_killed_under_a_sweep(stage: Stage) -> Outcome:
     lines = partial(steps_in, stage.folder / "sweep/trials" / undisturbed["trial"][1])
     wait_for("the second trial", lambda: lines()[-1:] >= [EVERY + EVERY // 2], job)
     failed = time.monotonic()
-    (trial,) = actors("TrialGroup")
+    (trial,) = actors("ResourceTrainable")  # as Tune calls whatever has resources
     stage.nodes.kill(trial.node_id)
     made = len(lines())
     wait_for("a step after the failure", lambda: len(lines()) > made, job)
