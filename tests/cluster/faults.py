@@ -198,6 +198,7 @@ def node_killed_under_a_sweep(stage: Stage) -> Outcome:
     failed = time.monotonic()
     (trial,) = actors("ResourceTrainable")  # as Tune calls whatever has resources
     stage.nodes.kill(trial.node_id)
+    wait_for("the end of the trial's process", lambda: not living(trial.pid), job)
     made = len(lines())
     wait_for("a step after the failure", lambda: len(lines()) > made, job)
     recovered, again = time.monotonic(), lines()[made - 1] + 1 - lines()[made]
