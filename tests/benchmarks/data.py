@@ -121,9 +121,9 @@ def serve_orders(rank: int, ranks: int, o: argparse.Namespace, meeting: str, ord
             READS[kind](path)
         else:
             if path not in streams:
-                many = "many_layers" in path  # windows of as many bytes
-                slices = max(1, o.window_slices * o.layers // o.many_layers) if many else o.window_slices
-                streams[path] = epochs(path, o.batch, slices, shards)
+                share = o.layers / o.many_layers if "many_layers" in path else 1  # batches and windows of as many bytes
+                batch, slices = max(1, int(o.batch * share)), max(1, int(o.window_slices * share))
+                streams[path] = epochs(path, batch, slices, shards)
             next(streams[path])
         orders.send(True)
     dist.destroy_process_group()
