@@ -13,22 +13,19 @@ where starts[b] is the first outlier of rows 64 b and after, so that a slice of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from xlc_ray.activations.manifest import ChunkRecord, Manifest, Span
+from xlc_ray.activations.manifest import ChunkRecord, Manifest, Read, Span
 from xlc_ray.activations.packed import PackedRows
 
 LARGEST = 127
 _RARE = 1000  # one row in so many may be an outlier of a channel
 _ROWS = 64
 _ENTRY = np.dtype([("row", "<i4"), ("channel", "<i4"), ("value", "<f4")])
-
-Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
-"""The bytes of each span."""
 
 
 @dataclass(frozen=True)

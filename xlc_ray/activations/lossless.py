@@ -11,7 +11,7 @@ needs a slice of the blocks. It pays where a byte is dear, at URLs: unpacking ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,15 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from xlc_ray import files
-from xlc_ray.activations.manifest import ChunkRecord, Manifest, Span
+from xlc_ray.activations.manifest import ChunkRecord, Manifest, Read, Span
 from xlc_ray.config import UserError
 
 DTYPE = "bfloat16_zstd"
 ROWS = 64
 _LEVEL = 1  # higher ones take longer and gain nothing on exponents
-
-Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
-"""The bytes of each span."""
 
 
 @dataclass(frozen=True)

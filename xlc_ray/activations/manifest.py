@@ -6,6 +6,7 @@ Moments are float64 and merge exactly enough to be taken in any order: with n = 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class Span:
     record: ChunkRecord
     start: int
     stop: int
+
+
+Read = Callable[[Sequence[Span]], Iterable[np.ndarray | bytes]]
+"""The bytes of each span."""
 
 
 class Manifest(BaseModel):

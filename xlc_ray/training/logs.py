@@ -1,9 +1,11 @@
-"""Where a run's metrics go: metrics.jsonl (appended), the console, and wandb if asked."""
+"""Where a run's metrics go: metrics.jsonl (appended), the console, and wandb if asked; and the rates among them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from xlc_ray import files
@@ -12,6 +14,28 @@ from xlc_ray.config import Config, UserError
 FILE = "metrics.jsonl"
 TAIL_BYTES = 2**18
 """More than the longest line: a thousand groups take 30 kB."""
+
+
+@dataclass
+class Clock:
+    """Tokens per second, time of a step, and the share of time spent waiting for data, since the last look."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last call."""
+        now = time.perf_counter()
+        passed = max(now - self.started, 1e-9)
+        rates = {
+            "tokens_per_s": self.tokens / passed,
+            "step_s": passed / max(self.steps, 1),
+            "data_wait": self.waited / passed,
+        }
+        self.started, self.waited, self.tokens, self.steps = now, 0.0, 0, 0
+        return rates
 
 
 class Log:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import Feed, Read, Reader, Shape, for_all_ranks, goes_packed, shared
 from xlc_ray.training.learner import Learner
-from xlc_ray.training.logs import Log
+from xlc_ray.training.logs import Clock, Log
 from xlc_ray.training.resampling import resample
 from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
@@ -130,28 +129,6 @@ def _differences(before: Config, now: Config) -> tuple[str, Any, Any] | None:
     old, new = flat(before.model_dump(mode="json"), ""), flat(now.model_dump(mode="json"), "")
     changed = [(path, old.get(path), new.get(path)) for path in old | new if old.get(path) != new.get(path)]
     return changed[0] if changed else None
-
-
-@dataclass
-class Clock:
-    """Tokens per second, time of a step, and the share of time spent waiting for data, since the last look."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-
-    def read(self) -> dict[str, float]:
-        """Rates since the last call."""
-        now = time.perf_counter()
-        passed = max(now - self.started, 1e-9)
-        rates = {
-            "tokens_per_s": self.tokens / passed,
-            "step_s": passed / max(self.steps, 1),
-            "data_wait": self.waited / passed,
-        }
-        self.started, self.waited, self.tokens, self.steps = now, 0.0, 0, 0
-        return rates
 
 
 def train_rank(
