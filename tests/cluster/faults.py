@@ -2,7 +2,8 @@
 
     python tests/cluster/faults.py [--json FILE] [--only NAME …]
 
-prints a table, and writes a list of {failure, recovered, parameters_equal, seconds_to_recover, steps_lost}.
+prints a table, and writes a list of {case, failure, recovered, parameters_equal, seconds_to_recover, steps_lost}, and
+error, where a case did not come to its end: the others are tried all the same.
 seconds_to_recover: from the failure to the first step (chunk) made after it, the starts of processes included.
 steps_lost: steps that were made again. parameters_equal: to 1e-9, in float64, with a run in one process that nothing
 disturbed; of generation: the bytes of all chunk files. Cases in ON_HOSTS need root, and are left out without it.
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -246,6 +249,8 @@ CASES: dict[str, Callable[[Stage], Outcome]] = {
 }
 ON_HOSTS = ("host_cut_off",)
 """Cases that need nodes with a network between them."""
+KINDS: dict[str, type[Nodes]] = {"nodes": Nodes, "hosts": Hosts}
+"""Clusters, by their name."""
 
 
 def possible() -> list[str]:
@@ -253,36 +258,47 @@ def possible() -> list[str]:
     return [name for name in CASES if name not in ON_HOSTS or hosts.allowed()]
 
 
-def happened(names: list[str], network: bool) -> Iterator[dict[str, Any]]:
+def happened(names: list[str], nodes: type[Nodes]) -> Iterator[dict[str, Any]]:
     """The lines of some cases, on a cluster of theirs."""
-    folder = Path(tempfile.mkdtemp(prefix="faults"))
-    stage = Stage(folder, Hosts if network else Nodes)
-    try:
+    with tempfile.TemporaryDirectory(prefix="faults") as folder, closing(Stage(Path(folder), nodes)) as stage:
         for name in names:
-            yield asdict(CASES[name](stage))
-    finally:
-        stage.nodes.close()
-        shutil.rmtree(folder)
+            try:
+                yield {"case": name} | asdict(CASES[name](stage))
+            except Exception:
+                failed = Outcome(name, recovered=False, parameters_equal=False, seconds_to_recover=0.0, steps_lost=0)
+                yield {"case": name} | asdict(failed) | {"error": traceback.format_exc()}
+            stage.nodes.end_jobs()
+
+
+def on_clusters(names: list[str], file: Path) -> None:
+    """Write the lines of all these cases: each kind of cluster in a process of its own."""
+    file.write_text("[]")
+    for apart, kind in ((), "nodes"), (hosts.APART, "hosts"):
+        if chosen := [name for name in names if (name in ON_HOSTS) == (kind == "hosts")]:
+            command = [*apart, sys.executable, __file__, "--on", kind, "--json", str(file), "--only", *chosen]
+            subprocess.run(command, check=True)
 
 
 def main() -> None:
     """Run the cases and show the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--json", metavar="FILE", help="write the table there too")
-    options.add_argument("--only", nargs="+", choices=CASES, default=possible(), metavar="NAME", help=", ".join(CASES))
+    options.add_argument("--json", metavar="FILE", help="write the table there too", type=Path)
+    options.add_argument("--only", nargs="+", choices=CASES, metavar="NAME", help=", ".join(CASES))
+    options.add_argument("--on", choices=KINDS, help="run the cases in this process, and add them to FILE")
     given = options.parse_args()
-    found = []
-    for network in (False, True):
-        if names := [name for name in given.only if (name in ON_HOSTS) == network]:
-            for line in happened(names, network):
-                print(json.dumps(line), flush=True)
-                found.append(line)
+    if given.on:
+        for line in happened(given.only, KINDS[given.on]):
+            print(json.dumps(line), flush=True)
+            given.json.write_text(json.dumps([*json.loads(given.json.read_text()), line], indent=1) + "\n")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = given.json or Path(folder, "table.json")
+        on_clusters(given.only or possible(), file)
+        found = json.loads(file.read_text())
     print("\n| failure | recovered after | steps made again | parameters equal |\n|---|---|---|---|")
     for o in found:
         after = f"{o['seconds_to_recover']:.0f} s" if o["recovered"] else "not"
         print(f"| {o['failure']} | {after} | {o['steps_lost']} | {'yes' if o['parameters_equal'] else 'no'} |")
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(0 if all(o["recovered"] and o["parameters_equal"] for o in found) else 1)
 
 

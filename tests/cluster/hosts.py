@@ -1,25 +1,37 @@
 """Nodes that are hosts of their own as far as the network goes: each in a network namespace, on one bridge. Needs root.
 
-The head and the drivers are outside, at the bridge's own address.
+The head and the drivers are at the bridge's own address, in a namespace of theirs too (`APART`): no bridge that an
+earlier run left, and no rule of this machine's firewall, stands in their way. As a script it exits with 0 where all
+this can be done, and hosts reach the head.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import ray
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
+
 from tests.cluster.conftest import RAY
-from tests.cluster.nodes import Nodes, wait_for
+from tests.cluster.nodes import Nodes
 
 SUBNET = "10.199.77"
+HEAD = f"{SUBNET}.1"
 TRIES = 5
+JOINS = 60.0
+"""Seconds in which a host that runs has joined; else it is started anew."""
+APART = ("unshare", "--net", "--pid", "--mount-proc", "--kill-child")
+"""What the command of a process begins with that uses hosts: with it, whatever its end, all of them end."""
 
 
 def ip(*words: str) -> str:
@@ -27,18 +39,47 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
+def bridge() -> str:
+    """The name of a new one, at the head's address."""
+    name = f"xlcb{os.getpid()}"
+    ip("link", "set", "lo", "up")
+    ip("link", "add", name, "type", "bridge")
+    ip("addr", "add", f"{HEAD}/24", "dev", name)
+    ip("link", "set", name, "up")
+    return name
+
+
+def plugged(number: int, into: str) -> tuple[str, str]:
+    """The names of a new namespace on the bridge `into`: its own, and its address."""
+    name, address = f"xlc{os.getpid()}n{number}", f"{SUBNET}.{number + 1}"
+    outside = f"v{os.getpid()}n{number}"
+    ip("netns", "add", name)
+    ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+    ip("link", "set", outside, "master", into, "up")
+    inside = ("netns", "exec", name, "ip")
+    ip(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
+    ip(*inside, "link", "set", "eth0", "up")
+    ip(*inside, "link", "set", "lo", "up")
+    return name, address
+
+
 def allowed() -> bool:
-    """Whether this process may make network namespaces, and the links between them."""
-    name = f"xlc{os.getpid()}"
+    """Whether this process may make hosts, and their packets arrive."""
     try:
-        ip("netns", "add", name)
-        ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-        ip("netns", "del", name)  # its link goes with it
-        ip("link", "add", f"{name}b", "type", "bridge")
-        ip("link", "del", f"{name}b")
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run([*APART, sys.executable, __file__], capture_output=True, check=False).returncode == 0
+    except OSError:
         return False
-    return True
+
+
+def reach() -> None:
+    """A packet from a host to the head. Raises where it does not arrive."""
+    name, _ = plugged(1, bridge())
+    try:
+        with socket.create_server((HEAD, 0)) as server:
+            call = f"import socket; socket.create_connection({server.getsockname()!r}, 5)"
+            subprocess.run(["ip", "netns", "exec", name, sys.executable, "-c", call], check=True)
+    finally:
+        ip("netns", "del", name)
 
 
 @dataclass(frozen=True)
@@ -50,8 +91,10 @@ class Host:
     process: subprocess.Popen
 
     def joins(self) -> bool:
-        """Whether it comes to be there: Ray gives up after 30 s, which a busy machine may need."""
-        wait_for(f"host {self.address}", lambda: self._alive() or self.process.poll() is not None)
+        """Whether it comes to be there: on a busy machine Ray may give up, or wait for ever."""
+        until = time.monotonic() + JOINS
+        while not self._alive() and self.process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
         return bool(self._alive())
 
     @cached_property
@@ -67,28 +110,19 @@ class Hosts(Nodes):
     """As Nodes, with a network between them that can be cut."""
 
     def __init__(self, count: int) -> None:
-        self.bridge, self.made, self.cut = f"xlcb{os.getpid()}", 0, []
-        ip("link", "add", self.bridge, "type", "bridge")
-        ip("addr", "add", f"{SUBNET}.1/24", "dev", self.bridge)
-        ip("link", "set", self.bridge, "up")
-        super().__init__(count, node_ip_address=f"{SUBNET}.1")
+        self.bridge, self.made, self.cut = bridge(), 0, []
+        super().__init__(count, node_ip_address=HEAD)
 
     def add(self) -> Host:
         """One more host."""
         self.made += 1
-        name, address = f"xlc{os.getpid()}n{self.made}", f"{SUBNET}.{self.made + 1}"
-        outside = f"v{os.getpid()}n{self.made}"
-        ip("netns", "add", name)
-        ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
-        ip("link", "set", outside, "master", self.bridge, "up")
-        inside = ("netns", "exec", name, "ip")
-        ip(*inside, "addr", "add", f"{address}/24", "dev", "eth0")
-        ip(*inside, "link", "set", "eth0", "up")
-        ip(*inside, "link", "set", "lo", "up")
+        name, address = plugged(self.made, self.bridge)
         for _ in range(TRIES):
             host = Host(name, address, self._start(name, address))
             if host.joins():  # one after another: they choose names in one folder
                 return host
+            self._stop(host)
+        ip("netns", "del", name)
         raise TimeoutError(f"host {address} did not join in {TRIES} tries")
 
     def _start(self, name: str, address: str) -> subprocess.Popen:
@@ -115,7 +149,6 @@ class Hosts(Nodes):
         for host in self.others + self.cut:
             self._end(host)
         super().close()
-        ip("link", "del", self.bridge)
 
     def _take(self, node_id: str) -> Host:
         (host,) = [host for host in self.others if host.node_id == node_id]
@@ -123,10 +156,17 @@ class Hosts(Nodes):
         return host
 
     def _end(self, host: Host) -> None:
+        self._stop(host)
+        ip("netns", "del", host.name)
+
+    def _stop(self, host: Host) -> None:
         while pids := ip("netns", "pids", host.name).split():
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.1)
         host.process.wait()
-        ip("netns", "del", host.name)
+
+
+if __name__ == "__main__":
+    reach()

@@ -40,13 +40,19 @@ class Nodes:
     """A head without CPUs, and nodes of one CPU each, which is room for one worker of 0.6."""
 
     def __init__(self, count: int, **of_head: object) -> None:
-        os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
         self.folder = tempfile.mkdtemp(prefix="ray")  # the paths of sockets must be short
+        # RAY_TMPDIR: else other processes of this machine find this cluster, and take it for theirs.
+        os.mkdir(f"{self.folder}/ray")
+        os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "RAY_TMPDIR": self.folder}
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": self.folder} | of_head
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=self.cluster.address, log_to_driver=False)
-        self.others = []
-        self.fill(count)
+        self.others, self.jobs = [], []
+        try:
+            self.fill(count)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self):
         """One more node."""
@@ -63,8 +69,15 @@ class Nodes:
         self.others.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def end_jobs(self) -> None:
+        """End the drivers that still live."""
+        for job in self.jobs:
+            job.kill()
+        self.jobs = []
+
     def close(self) -> None:
-        """The end of all nodes."""
+        """The end of all jobs and nodes."""
+        self.end_jobs()
         ray.shutdown()
         self.cluster.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)  # Ray's last processes may still write there
@@ -99,6 +112,7 @@ class Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        nodes.jobs.append(self)
 
     def output(self) -> str:
         """What it printed so far."""
@@ -109,7 +123,7 @@ class Job:
         return self.process.wait(timeout=PATIENCE)
 
     def kill(self) -> None:
-        """End the driver at once."""
+        """End the driver at once, where it has not ended."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 

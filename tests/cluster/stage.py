@@ -47,6 +47,10 @@ class Stage:
         self.reference = self.config("undisturbed")
         train_alone(self.reference)
 
+    def close(self) -> None:
+        """The end of the cluster."""
+        self.nodes.close()
+
     def config(self, name: str, **cluster: object) -> Config:
         """Settings of a run."""
         changes = {f"cluster.{key}": value for key, value in cluster.items()}
