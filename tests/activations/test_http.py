@@ -53,7 +53,8 @@ def test_it_knows_of_itself_what_the_directory_does(both):
 def test_batches_are_those_of_the_directory_bit_for_bit(both, replicas):
     order = Order(CHUNKS, 1, 8, 5)
     for replica in range(replicas):
-        streams = [source.batches(d, order, list(SITES), 30, 2, 14, replica, replicas) for d in both]
+        share = source.Share(30, 2, 14, replica, replicas)
+        streams = [source.batches(d, order, list(SITES), share) for d in both]
         for here, there in zip(*streams, strict=True):
             assert list(here) == list(there)
             assert all(torch.equal(here[site], there[site]) for site in SITES)

@@ -91,7 +91,7 @@ def test_wherever_the_store_is(place):
     there, read = numbers((data.packed(chunk, row, SITES),)), data.gather(chunk, row, SITES)
     assert all(np.array_equal(there[site].numpy(), read[site]) for site in SITES)
     order = Order(data.chunk_rows, 1, 16, 8)
-    streams = (read(data, order, SITES, 50, 1, 7) for read in (source.packed_batches, source.batches))
+    streams = (read(data, order, SITES, source.Share(50, 1, 7)) for read in (source.packed_batches, source.batches))
     for batch, wanted in zip(*streams, strict=True):
         assert all(torch.equal(numbers(batch)[site], wanted[site]) for site in SITES)
 
@@ -115,7 +115,7 @@ def test_batches_over_borders_of_windows_and_epochs(data, batch_rows, replicas):
     order = Order(data.chunk_rows, 1, 16, 5)
     unpack, parts = Unpacker(CPU), set()
     for replica in range(replicas):
-        what = data, order, SITES, batch_rows, 1, 4 + 2400 // batch_rows, replica, replicas
+        what = data, order, SITES, source.Share(batch_rows, 1, 4 + 2400 // batch_rows, replica, replicas)
         for batch, wanted in zip(source.packed_batches(*what), source.batches(*what), strict=True):
             parts.add(len(batch))
             assert all(torch.equal(numbers(batch, unpack)[site], wanted[site]) for site in SITES)
@@ -124,7 +124,7 @@ def test_batches_over_borders_of_windows_and_epochs(data, batch_rows, replicas):
 
 def test_training_is_fed_the_same(data):
     order = Order(data.chunk_rows, 2, 16, 5)
-    what = data, order, SITES, 36, 0, 70
+    what = data, order, SITES, source.Share(36, 0, 70)
     shape = feed.Shape(WIDTHS, 36, torch.float32, 80)
     found = feed.shared(lambda memory: source.packed_batches(*what), 70, shape, Shards(), CPU)
     sent = feed._sent(source.packed_batches(*what), 70, shape, Shards(), CPU)  # the way to a GPU
@@ -167,7 +167,7 @@ def test_what_travels_is_a_quarter(tmp_path, monkeypatch):
     sent = Unpacker.__call__.__globals__["_sent"]
     monkeypatch.setattr("xlc_ray.activations.packed._sent", noted)
     unpack, whole_batches = Unpacker(CPU), 0
-    for batch in source.packed_batches(data, order, ["mlp_in.0"], 256, 0, 32):
+    for batch in source.packed_batches(data, order, ["mlp_in.0"], source.Share(256, 0, 32)):
         whole_batches += numbers(batch, unpack)["mlp_in.0"].nbytes
     assert whole_batches == x.nbytes
     assert 0.25 < sum(travelled) / x.nbytes < 0.3

@@ -39,7 +39,7 @@ def _impatient(monkeypatch):
 
 def batches(data, sites=tuple(WIDE)):
     order = Order(data.chunk_rows, 1, 8, 20)
-    return list(source.batches(data, order, list(sites), 100, 1, 9))
+    return list(source.batches(data, order, list(sites), source.Share(100, 1, 9)))
 
 
 def equal(here, there):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.activations.build import SITES, make, row_ids
 from xlc_ray.activations import source
 from xlc_ray.activations.order import Order
+from xlc_ray.activations.source import Share
 
 CHUNKS = [50, 50, 50, 17]
 
@@ -25,13 +26,13 @@ def ids(batches, site="mlp_in.0"):
 def test_an_epoch_of_batches_is_every_row_once_remainders_included(data):
     order = Order(data.chunk_rows, 3, 8, 5)
     total = sum(CHUNKS)  # 167 is prime: 167 batches of 10 are ten epochs, and straddle them
-    found = [i for batch in ids(source.batches(data, order, list(SITES), 10, 0, 167)) for i in batch]
+    found = [i for batch in ids(source.batches(data, order, list(SITES), Share(10, 0, 167))) for i in batch]
     for epoch in range(10):
         assert sorted(found[epoch * total : (epoch + 1) * total]) == list(range(total))
 
 
 def test_rows_of_all_sites_belong_together_in_the_type_of_the_store(data):
-    for batch in source.batches(data, Order(data.chunk_rows, 0, 8, 5), list(SITES), 12, 0, 5):
+    for batch in source.batches(data, Order(data.chunk_rows, 0, 8, 5), list(SITES), Share(12, 0, 5)):
         assert list(batch) == list(SITES)
         assert len({tuple(row_ids(values)) for values in batch.values()}) == 1
         for site, values in batch.items():
@@ -44,14 +45,10 @@ def test_rows_of_all_sites_belong_together_in_the_type_of_the_store(data):
 def test_replicas_share_each_batch_wherever_reading_starts(data, share, replicas, start, count, seed):
     rows = share * replicas
     order = Order(data.chunk_rows, seed, 7, 4)
-    whole = ids(source.batches(data, order, ["mlp_in.0"], rows, 0, start + count))[start:]
+    whole = ids(source.batches(data, order, ["mlp_in.0"], Share(rows, 0, start + count)))[start:]
     parts = [
-        ids(
-            source.batches(
-                data, Order(data.chunk_rows, seed, 7, 4), ["mlp_in.0"], rows, start, start + count, r, replicas
-            )
-        )
-        for r in range(replicas)
+        ids(source.batches(data, Order(data.chunk_rows, seed, 7, 4), ["mlp_in.0"], share))
+        for share in (Share(rows, start, start + count, r, replicas) for r in range(replicas))
     ]
     assert all(len(part) == count for part in parts)
     assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole
@@ -64,7 +61,7 @@ def test_batches_are_the_stream_of_the_order(data):
     first = np.cumsum([0, *CHUNKS])
     windows = [order.window(w) for w in range(order.epoch_windows)]
     stream = [int(first[c] + r) for w in windows for c, r in zip(w.chunk, w.row, strict=True)]
-    found = ids(source.batches(data, order, ["resid_post.0"], 40, 0, 4), "resid_post.0")
+    found = ids(source.batches(data, order, ["resid_post.0"], Share(40, 0, 4)), "resid_post.0")
     assert list(chain(*found)) == stream[:160]
 
 
@@ -72,14 +69,14 @@ def test_batches_of_a_url_equal_those_of_a_directory(data):
     remote = make("memory://source-test/store", CHUNKS)
     order = Order(data.chunk_rows, 1, 8, 5)
     for here, there in zip(
-        *(source.batches(d, order, list(SITES), 30, 2, 9, 1, 2) for d in (data, remote)), strict=True
+        *(source.batches(d, order, list(SITES), Share(30, 2, 9, 1, 2)) for d in (data, remote)), strict=True
     ):
         assert all(torch.equal(here[site], there[site]) for site in SITES)
 
 
 def test_first_rows_are_the_start_of_the_stream_and_at_most_an_epoch(data):
     order = Order(data.chunk_rows, 1, 8, 5)
-    (batch,) = source.batches(data, order, ["mlp_in.0"], 33, 0, 1)
+    (batch,) = source.batches(data, order, ["mlp_in.0"], Share(33, 0, 1))
     assert torch.equal(source.first_rows(data, order, ["mlp_in.0"], 33)["mlp_in.0"], batch["mlp_in.0"])
     everything = source.first_rows(data, order, ["mlp_in.0"], 10**9)["mlp_in.0"]
     assert sorted(row_ids(everything)) == list(range(sum(CHUNKS)))
@@ -93,8 +90,18 @@ def test_only_batches_across_blocks_are_copies():
     assert shared == [True, False, True, True]
 
 
+def test_what_may_not_be_written_to_is_copied_to_the_memory_that_was_given():
+    """As blocks of Ray's object store."""
+    block, room = np.arange(6, dtype=np.float32)[:, None], np.empty((2, 1), np.float32)
+    block.flags.writeable = False
+    found = source.rebatch([{"x": block}], 2, "float32", lambda widths, rows, dtype: {"x": room})
+    for batch, wanted in zip(found, ([0, 1], [2, 3], [4, 5]), strict=True):
+        assert batch["x"].flatten().tolist() == wanted
+        assert np.shares_memory(batch["x"].numpy(), room)
+
+
 def test_no_batches_is_no_reading(data):
-    assert list(source.batches(data, Order(data.chunk_rows, 0, 8, 20), ["mlp_in.0"], 4, 3, 3)) == []
+    assert list(source.batches(data, Order(data.chunk_rows, 0, 8, 20), ["mlp_in.0"], Share(4, 3, 3))) == []
 
 
 def test_blocks_that_are_no_whole_batches_are_a_bug():

@@ -6,8 +6,9 @@ Stores of bfloat16, bfloat16_zstd and int8 at GPT-2's shape (12 sites in and out
 many bytes with 64 layers, are made of random rows. A pass is the next epoch of batches that `training/feed.py` hands to
 a rank, in a process of its own, in the order that training has; nothing is computed. In every round each source takes
 one pass. `raw` reads the first store's files with `numpy.fromfile`, `raw_buffer` likewise into 4 MB that are used
-again, which stay in the processor's cache where a training rank's batches cannot. `cold` passes begin with the files'
-pages dropped from memory (Linux), so that the disk takes part.
+again, which stay in the processor's cache where a training rank's batches cannot. `straddling` is `local` with batches
+that do not divide a window. `cold` passes begin with the files' pages dropped from memory (Linux), so that the disk
+takes part.
 
 `store_share_of_raw` is `local` over `raw`, in bytes a second; `layers_share` is `many_layers` over `local`, in the
 same; `tp2_cost_over_tp1` is the time for a token with two ranks over that with one; `live_share` is live.py's.
@@ -95,8 +96,8 @@ def epochs(path: str, batch: int, slices: int, shards: Shards) -> Iterator[None]
     widths, each = data.manifest.sites, order.epoch_rows // batch
     count = 1000 * each
 
-    def read(memory: store.Memory) -> Iterator[dict[str, torch.Tensor]]:
-        return source.batches(data, order, list(widths), batch, 0, count, memory=memory)
+    def read(memory: source.Memory) -> Iterator[dict[str, torch.Tensor]]:
+        return source.batches(data, order, list(widths), source.Share(batch, 0, count), memory)
 
     shape = Shape(widths, batch, store.torch_dtype(data.dtype), 64 * slices)
     found = shared(read, count, shape, shards, torch.device("cpu"))
@@ -114,17 +115,18 @@ def serve_orders(rank: int, ranks: int, o: argparse.Namespace, meeting: str, ord
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     shards = Shards.of_world(ranks, "cpu") if ranks > 1 else Shards()
-    streams: dict[str, Iterator[None]] = {}
+    streams: dict[tuple[str, str], Iterator[None]] = {}
     while (order := orders.recv()) is not None:
         kind, path = order
         if kind in READS:
             READS[kind](path)
         else:
-            if path not in streams:
+            if order not in streams:
                 share = o.layers / o.many_layers if "many_layers" in path else 1  # batches and windows of as many bytes
                 batch, slices = max(1, int(o.batch * share)), max(1, int(o.window_slices * share))
-                streams[path] = epochs(path, batch, slices, shards)
-            next(streams[path])
+                batch = batch * 7 // 8 if kind == "straddling" else batch
+                streams[order] = epochs(path, batch, slices, shards)
+            next(streams[order])
         orders.send(True)
     dist.destroy_process_group()
 
@@ -160,7 +162,7 @@ def run(o: argparse.Namespace, folder: str) -> dict[str, Any]:
     row_bytes = 2 * 2 * o.layers * o.width
     step = CHUNKS * o.batch
     rows = max(step, int(o.bytes) // row_bytes // step * step)
-    fewer = max(step, rows * o.layers // o.many_layers // step * step)
+    fewer = max(1, rows // CHUNKS * o.layers // o.many_layers) * CHUNKS
     shapes = {
         "gpt2": (o.layers, rows, "bfloat16"),
         "many_layers": (o.many_layers, fewer, "bfloat16"),
@@ -181,6 +183,7 @@ def run(o: argparse.Namespace, folder: str) -> dict[str, Any]:
             "raw": lambda _: one("raw", paths["gpt2"]),
             "raw_buffer": lambda _: one("raw_buffer", paths["gpt2"]),
             "local": lambda _: one("batches", paths["gpt2"]),
+            "straddling": lambda _: one("straddling", paths["gpt2"]),
             "many_layers": lambda _: one("batches", paths["many_layers"]),
             "zstd": lambda _: one("batches", paths["zstd"]),
             "int8": lambda _: one("batches", paths["int8"]),

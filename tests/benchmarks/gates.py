@@ -132,7 +132,7 @@ def speed(config: Config) -> float:
     learner = Learner(dictionary, config)
     learner.resume(config.out, config.train.steps)
     order, sites = order_for(config, data.chunk_rows), dictionary.wiring.sites
-    read = source.batches(data, order, sites, config.train.batch_tokens, 0, STEPS)
+    read = source.batches(data, order, sites, source.Share(config.train.batch_tokens, 0, STEPS))
     seconds = []
     for batch in list(read):
         learner.step = config.train.steps - 1  # schedules end there

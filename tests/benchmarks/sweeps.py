@@ -35,7 +35,7 @@ from tests.benchmarks import results
 from xlc_ray import files
 from xlc_ray.activations import source
 from xlc_ray.activations.harvest import LanguageModel, harvest_chunk
-from xlc_ray.activations.store import Memory, Store, fresh, open_source
+from xlc_ray.activations.store import Store, fresh, open_source
 from xlc_ray.config import Config, load_config
 from xlc_ray.dictionary import Shards, Wiring
 from xlc_ray.dictionary.checkpoint import load_dictionary
@@ -61,8 +61,8 @@ class CountingStore(Store):
 
     counted = Counted()
 
-    def gather(self, chunk, row, sites, memory=fresh):
-        found = super().gather(chunk, row, sites, memory)
+    def gather(self, chunk, row, sites, arrays=fresh):
+        found = super().gather(chunk, row, sites, arrays)
         self.counted.rows += len(row)
         self.counted.bytes += sum(values.nbytes for values in found.values())
         return found
@@ -71,7 +71,7 @@ class CountingStore(Store):
 def from_model(config: Config, data: Store, model: LanguageModel, counted: Counted) -> loop.Reader:
     """A reader that runs the language model on the store's text, and keeps nothing."""
 
-    def read(wiring: Wiring, first: int, memory: Memory) -> Iterator[Mapping[str, torch.Tensor]]:
+    def read(wiring: Wiring, first: int, memory: source.Memory) -> Iterator[Mapping[str, torch.Tensor]]:
         def blocks():
             for chunk in itertools.cycle(range(len(data.manifest.chunks))):
                 text = data.windows(chunk)
@@ -80,7 +80,7 @@ def from_model(config: Config, data: Store, model: LanguageModel, counted: Count
                 yield harvest_chunk(model, text, wiring.sites, config.generate.batch_windows, data.dtype)
 
         assert first == 0, "from the start"
-        return source.rebatch(blocks(), config.train.batch_tokens, data.dtype)
+        return source.rebatch(blocks(), config.train.batch_tokens, data.dtype, memory.batch)
 
     return read
 

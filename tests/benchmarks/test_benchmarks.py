@@ -112,6 +112,16 @@ def test_every_source_feeds_a_rank_and_is_compared_with_a_raw_read(tmp_path):
     words += ["--repeats", "1", "--no-cold"]
     found = data.run(data.arguments(words), str(tmp_path))
     assert set(found) >= {"store_share_of_raw", "tp2_cost_over_tp1", "layers_share"}
-    assert set(found["seconds"]) == {"raw", "raw_buffer", "local", "many_layers", "zstd", "int8", "http", "tp2"}
+    assert set(found["seconds"]) == {
+        "raw",
+        "raw_buffer",
+        "local",
+        "straddling",
+        "many_layers",
+        "zstd",
+        "int8",
+        "http",
+        "tp2",
+    }
     assert found["store_share_of_raw"] == pytest.approx(found["seconds"]["raw"][0] / found["seconds"]["local"][0])
     assert "tp2_cost_over_tp1" in data.table(found)

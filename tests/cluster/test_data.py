@@ -11,6 +11,7 @@ from tests.activations.test_compact import whole
 from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
 from xlc_ray.activations.packed import Unpacker
+from xlc_ray.activations.source import Share
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.cluster import data
 from xlc_ray.cluster.cli import find_user_error
@@ -61,40 +62,41 @@ def assert_same(found, expected):
 def test_pipeline_equals_the_in_process_reader_over_epochs_and_pipelines(cluster, activations, monkeypatch):
     monkeypatch.setattr(data, "PIPELINE_TASKS", 2)  # 13 windows an epoch, 8 a task: the stream needs several pipelines
     batches = 2 * sum(ROWS) // BATCH + 5
-    args = (activations, order_of(activations), SITES, BATCH, 0, batches)
+    args = (activations, order_of(activations), SITES, Share(BATCH, 0, batches))
     assert_same(data.replica_batches(*args), source.batches(*args))
 
 
 def test_start_in_the_middle_with_replicas_that_share_each_batch(cluster, activations):
-    args = (activations, order_of(activations), SITES, BATCH, 11, 21)
-    whole = list(source.batches(*args))
-    shares = [list(data.replica_batches(*args, replica, 2)) for replica in range(2)]
-    for replica in range(2):
-        assert_same(shares[replica], source.batches(*args, replica, 2))
-    rejoined = [{site: torch.cat([a[site], b[site]]) for site in SITES} for a, b in zip(*shares, strict=True)]
+    args = (activations, order_of(activations), SITES)
+    whole = list(source.batches(*args, Share(BATCH, 11, 21)))
+    shares = [Share(BATCH, 11, 21, replica, 2) for replica in range(2)]
+    parts = [list(data.replica_batches(*args, share)) for share in shares]
+    for share, part in zip(shares, parts, strict=True):
+        assert_same(part, source.batches(*args, share))
+    rejoined = [{site: torch.cat([a[site], b[site]]) for site in SITES} for a, b in zip(*parts, strict=True)]
     assert_same(rejoined, whole)
 
 
 def test_a_run_without_an_end_begins(cluster, activations):
     """What is read later is not listed before: it would take all memory."""
-    batches = data.replica_batches(activations, order_of(activations), SITES, BATCH, 0, 10**9)
+    batches = data.replica_batches(activations, order_of(activations), SITES, Share(BATCH, 0, 10**9))
     first = next(iter(batches))
     batches.close()
-    assert_same([first], source.batches(activations, order_of(activations), SITES, BATCH, 0, 1))
+    assert_same([first], source.batches(activations, order_of(activations), SITES, Share(BATCH, 0, 1)))
 
 
 def test_no_batches_asked_for_is_no_batches(cluster, activations):
-    assert list(data.replica_batches(activations, order_of(activations), SITES, BATCH, 7, 7)) == []
+    assert list(data.replica_batches(activations, order_of(activations), SITES, Share(BATCH, 7, 7))) == []
 
 
 def test_a_worker_can_read_while_others_hold_every_cpu(cluster, activations):
     # Training workers may take all CPUs that Ray counts; readers must not wait for one.
     @ray.remote(num_cpus=4)
     def total():
-        batches = data.replica_batches(activations, order_of(activations), SITES, BATCH, 0, 3)
+        batches = data.replica_batches(activations, order_of(activations), SITES, Share(BATCH, 0, 3))
         return sum(float(batch["mlp_in.0"].double().sum()) for batch in batches)
 
-    expected = source.batches(activations, order_of(activations), SITES, BATCH, 0, 3)
+    expected = source.batches(activations, order_of(activations), SITES, Share(BATCH, 0, 3))
     assert ray.get(total.remote(), timeout=300) == sum(float(batch["mlp_in.0"].double().sum()) for batch in expected)
 
 
@@ -103,7 +105,7 @@ def test_a_damaged_chunk_reaches_the_user_as_one_line(cluster, tmp_path, tiny_co
     with open(tmp_path / "store/chunk_1.hdf5", "r+b") as file:
         file.truncate(1000)
     with pytest.raises(ray.exceptions.RayError) as error:
-        list(data.replica_batches(opened, order_of(opened), SITES, BATCH, 0, sum(ROWS) // BATCH))
+        list(data.replica_batches(opened, order_of(opened), SITES, Share(BATCH, 0, sum(ROWS) // BATCH)))
     mistake = find_user_error(error.value)
     assert isinstance(mistake, UserError)
     assert "chunk_1.hdf5: cut or altered: 1000 bytes" in str(mistake)
@@ -116,7 +118,7 @@ def test_packed_rows_arrive_as_they_were_read(cluster, tmp_path):
     chunks[0][SITES[0]][500, 3] = 1e4  # an outlier
     opened = whole(str(tmp_path / "store"), chunks, WIDTHS)
     for replica in range(2):
-        args = (opened, order_of(opened), SITES, BATCH, 3, 3 + 2 * sum(ROWS) // BATCH, replica, 2)
+        args = (opened, order_of(opened), SITES, Share(BATCH, 3, 3 + 2 * sum(ROWS) // BATCH, replica, 2))
         found = list(data.packed_replica_batches(*args))
         assert {q.dtype for batch in found for rows in batch for q in rows.values.values()} == {np.dtype(np.int8)}
         unpack = Unpacker(torch.device("cpu"))

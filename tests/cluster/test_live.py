@@ -67,14 +67,14 @@ def asked(config, replica=0, replicas=1):
     data = store.open_source(config.source)
     with live.generating(config, data, SITES) as generators:
         order = order_for(config, data.chunk_rows)
-        steps = config.train.steps
-        yield generators, live.live_batches(generators, "1", data, order, SITES, BATCH, 0, steps, replica, replicas)
+        share = source.Share(BATCH, 0, config.train.steps, replica, replicas)
+        yield generators, live.live_batches(generators, "1", data, order, SITES, share)
 
 
 def expected(stored, config, replica=0, replicas=1):
     data = store.open_source(stored.source)
     order = order_for(stored, data.chunk_rows)
-    return source.batches(data, order, SITES, BATCH, 0, config.train.steps, replica, replicas)
+    return source.batches(data, order, SITES, source.Share(BATCH, 0, config.train.steps, replica, replicas))
 
 
 def assert_equal(found, wanted):
@@ -123,8 +123,8 @@ def test_replicas_share_each_batch_each_in_a_process_of_its_own(stored, prepared
 
     @ray.remote(num_cpus=0)
     def read(generators, replica):
-        order, steps = order_for(prepared, data.chunk_rows), prepared.train.steps
-        return list(live.live_batches(generators, "1", data, order, SITES, BATCH, 0, steps, replica, 2))
+        order, share = order_for(prepared, data.chunk_rows), source.Share(BATCH, 0, prepared.train.steps, replica, 2)
+        return list(live.live_batches(generators, "1", data, order, SITES, share))
 
     with live.generating(prepared, data, SITES) as generators:
         found = ray.get([read.remote(generators, replica) for replica in (0, 1)])

@@ -62,7 +62,7 @@ def test_ten_million_rows_in_a_thousand_chunks_are_read_in_bounded_memory(large)
     expected = np.concatenate([order.window(w).row for w in range(11)])
     chunks = np.concatenate([order.window(w).chunk for w in range(11)])
     position = 0
-    for batch in source.batches(data, order, list(SITES), rows, 0, batches):
+    for batch in source.batches(data, order, list(SITES), source.Share(rows, 0, batches)):
         wanted = expected[position : position + rows]
         for values in batch.values():
             high, low = values.float().T

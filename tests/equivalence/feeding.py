@@ -38,16 +38,15 @@ def main(rank: int, folder: Path, how: str) -> None:
 
     feed.Rooms.of_replica = noted
     data = store.open_store(f"{folder}/store")
-    order = Order(data.chunk_rows, 1, 16, 5)
-    plain = source.batches(data, order, list(SITES), ROWS, 0, COUNT)
+    what = data, Order(data.chunk_rows, 1, 16, 5), list(SITES), source.Share(ROWS, 0, COUNT)
 
-    def read(memory: store.Memory) -> feed.Batches:
+    def read(memory: source.Memory) -> feed.Batches:
         assert rank == 0, "only the leader reads"
-        return source.batches(data, order, list(SITES), ROWS, 0, COUNT, memory=memory)
+        return source.batches(*what, memory)
 
     wrong = None
     found = feed.shared(read, COUNT, feed.Shape(SITES, ROWS, torch.bfloat16, 80), shards, torch.device("cpu"))
-    for number, (batch, wanted) in enumerate(zip(found, plain, strict=True)):
+    for number, (batch, wanted) in enumerate(zip(found, source.batches(*what), strict=True)):
         if how == "late" and rank == 1:
             time.sleep(0.02)  # the leader asks for the next batch, and reads as far as it may
         if wrong is None and not all(torch.equal(batch[site], wanted[site]) for site in SITES):

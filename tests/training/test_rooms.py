@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tests.activations.build import SITES, make
 from xlc_ray.activations import source
 from xlc_ray.activations.order import Order
+from xlc_ray.activations.source import Memory, Share
 from xlc_ray.dictionary import Shards
 from xlc_ray.training import feed
-from xlc_ray.training.rooms import Rooms
+from xlc_ray.training.rooms import LINE, Rooms
 
 ROW = 2 * sum(SITES.values())
 
@@ -32,14 +33,14 @@ def begins(arrays):
 def test_a_batch_stays_until_the_next_one_is_handed_out(data, rows, slice_rows, window_slices):
     """Another rank may still compute on batch n - 1 while the leader makes batch n."""
     order, count = Order(data.chunk_rows, 1, slice_rows, window_slices), 400 // rows + 2
-    rooms = Rooms.own(slice_rows * window_slices * ROW + 64 * len(SITES), rows * ROW)
+    rooms = Rooms.own(*(n * ROW + LINE * len(SITES) for n in (slice_rows * window_slices, rows)))
     before = None
-    plain = source.batches(data, order, list(SITES), rows, 0, count)
-    for batch, wanted in zip(
-        source.batches(data, order, list(SITES), rows, 0, count, memory=rooms.window), plain, strict=True
-    ):
+    what = data, order, list(SITES), Share(rows, 0, count)
+    start, memory = rooms._memory.data_ptr(), Memory(rooms.window, rooms.batch)
+    for batch, wanted in zip(source.batches(*what, memory), source.batches(*what), strict=True):
         rooms.hand_out(batch)
         where = rooms.places(batch)
+        assert where == [values.data_ptr() - start for values in batch.values()], "nothing is copied once more"
         seen = {
             site: rooms.at(place, batch[site].shape, torch.bfloat16) for site, place in zip(batch, where, strict=True)
         }
@@ -90,13 +91,13 @@ def test_arrays_of_a_window_do_not_overlap():
 
 def test_one_rank_reads_every_window_into_the_same_two_rooms(tmp_path):
     data = make(tmp_path / "store", [40, 40, 40])
-    order = Order(data.chunk_rows, 0, 10, 2)
+    what = data, Order(data.chunk_rows, 0, 10, 2), list(SITES), Share(10, 0, 60)
 
     def read(memory):
-        return source.batches(data, order, list(SITES), 10, 0, 60, memory=memory)
+        return source.batches(*what, memory)
 
     shape = feed.Shape(SITES, 10, torch.bfloat16, 20)
-    plain = source.batches(data, order, list(SITES), 10, 0, 60)
+    plain = source.batches(*what)
     pages = set()
     for batch, wanted in zip(feed.shared(read, 60, shape, Shards(), torch.device("cpu")), plain, strict=True):
         assert all(torch.equal(batch[site], wanted[site]) for site in SITES)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,9 +18,23 @@ from xlc_ray import files
 from xlc_ray.activations.chunkfile import as_tensor
 from xlc_ray.activations.order import Order, Window
 from xlc_ray.activations.packed import PackedBatch, PackedRows
-from xlc_ray.activations.store import Memory, Store, fresh
+from xlc_ray.activations.store import Arrays, Store, fresh
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where rows are read to, and batches made, that do not lie together already."""
+
+    window: Arrays = fresh
+    """Asked once every batch of the window before it was asked for."""
+    batch: Arrays = fresh
+    """Asked while the batch before it may still be in use."""
+
+
+FRESH = Memory()
+"""New arrays, for readers whose batches are kept."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,11 @@ class Share:
     stop_batch: int
     replica: int = 0
     replicas: int = 1
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of a replica's part of a batch."""
+        return self.batch_rows // self.replicas
 
     def windows(self, order: Order) -> range:
         """The windows of the stream that hold these batches, whichever replica's."""
@@ -45,7 +64,7 @@ class Share:
         assert self.batch_rows % self.replicas == 0, "replicas divide the batch"
         position = window.start + np.arange(len(window), dtype=np.int64)
         asked = (position >= self.start_batch * self.batch_rows) & (position < self.stop_batch * self.batch_rows)
-        whose = position % self.batch_rows // (self.batch_rows // self.replicas)
+        whose = position % self.batch_rows // self.rows_each
         return np.flatnonzero(asked & (whose == self.replica))
 
     def parts(self, order: Order, windows: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -56,17 +75,21 @@ class Share:
                 yield w, window.chunk[keep], window.row[keep]
 
 
-def rebatch(blocks: Iterable[dict[str, np.ndarray]], rows: int, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
+def rebatch(
+    blocks: Iterable[Mapping[str, np.ndarray]], rows: int, dtype: str, arrays: Arrays = fresh
+) -> Iterator[dict[str, torch.Tensor]]:
     """Cut consecutive blocks of stored rows into batches of `rows` rows. Their total is a multiple of it.
 
-    A batch within one block that may be written to is a view of it, and keeps it alive.
+    A batch within one block that may be written to is a view of it, and keeps it alive; others are copied to `arrays`.
     """
     batch: dict[str, np.ndarray] = {}
     for block, start, stop, at in _cut(blocks, rows, lambda block: len(next(iter(block.values())))):
-        if stop - start == rows:
+        if stop - start == rows and all(array.flags.writeable for array in block.values()):
             yield {site: as_tensor(array[start:stop], dtype) for site, array in block.items()}
             continue
-        batch = batch or {site: np.empty((rows, *a.shape[1:]), a.dtype) for site, a in block.items()}
+        if not batch:
+            widths = {site: array.shape[1] for site, array in block.items()}
+            batch = arrays(widths, rows, next(iter(block.values())).dtype)
         for site, array in block.items():
             batch[site][at : at + stop - start] = array[start:stop]
         if at + stop - start == rows:
@@ -97,39 +120,21 @@ def _cut(blocks: Iterable[T], rows: int, size: Callable[[T], int]) -> Iterator[t
 
 
 def batches(
-    store: Store,
-    order: Order,
-    sites: Sequence[str],
-    batch_rows: int,
-    start_batch: int,
-    stop_batch: int,
-    replica: int = 0,
-    replicas: int = 1,
-    memory: Memory = fresh,
+    store: Store, order: Order, sites: Sequence[str], share: Share, memory: Memory = FRESH
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]} in the store's
-    dtype: a dictionary widens what it reads as it lays sites side by side.
-
-    Windows of local files are read into `memory`, one after all batches of the window before it were asked for."""
-    share, into = Share(batch_rows, start_batch, stop_batch, replica, replicas), fresh if _is_far(store) else memory
-    blocks = _blocks(store, order, share, lambda chunk, row: store.gather(chunk, row, sites, into))
-    return rebatch(blocks, batch_rows // replicas, store.dtype)
+    """A replica's share of batches: {site: [batch_rows / replicas, width]} in the store's dtype: a dictionary widens
+    what it reads as it lays sites side by side."""
+    window = fresh if _is_far(store) else memory.window  # what is far away is read ahead
+    blocks = _blocks(store, order, share, lambda chunk, row: store.gather(chunk, row, sites, window))
+    return rebatch(blocks, share.rows_each, store.dtype, memory.batch)
 
 
 def packed_batches(
-    store: Store,
-    order: Order,
-    sites: Sequence[str],
-    batch_rows: int,
-    start_batch: int,
-    stop_batch: int,
-    replica: int = 0,
-    replicas: int = 1,
+    store: Store, order: Order, sites: Sequence[str], share: Share, memory: Memory = FRESH
 ) -> Iterator[PackedBatch]:
-    """The same batches of a store of int8, still to be unpacked."""
-    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    """The same batches of a store of int8, still to be unpacked: parts of what was read, which need no `memory`."""
     blocks = _blocks(store, order, share, lambda chunk, row: store.packed(chunk, row, sites))
-    return rebatch_packed(blocks, batch_rows // replicas)
+    return rebatch_packed(blocks, share.rows_each)
 
 
 def _blocks(store: Store, order: Order, share: Share, read: Callable[[np.ndarray, np.ndarray], T]) -> Iterator[T]:
@@ -153,5 +158,5 @@ def ahead(blocks: Iterator[T]) -> Iterator[T]:
 
 def first_rows(store: Store, order: Order, sites: Sequence[str], rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows of the stream, at most one epoch: {site: [min(rows, stored), width]}."""
-    found = next(batches(store, order, sites, min(rows, order.epoch_rows), 0, 1))
+    found = next(batches(store, order, sites, Share(min(rows, order.epoch_rows), 0, 1)))
     return {site: values.clone() for site, values in found.items()}  # which keep no window alive

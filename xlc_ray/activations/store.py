@@ -39,9 +39,9 @@ from xlc_ray.config.sources import HttpSource, LiveSource, Source, StoreSource
 from xlc_ray.web import SCHEMES
 
 __all__ = [
+    "Arrays",
     "ChunkRecord",
     "Manifest",
-    "Memory",
     "SiteStatistics",
     "Store",
     "begin",
@@ -65,8 +65,8 @@ __all__ = [
 ]
 
 
-Memory = Callable[[Mapping[str, int], int, np.dtype], dict[str, np.ndarray]]
-"""{site: width}, rows, dtype → {site: array [rows, width]} to read into."""
+Arrays = Callable[[Mapping[str, int], int, np.dtype], dict[str, np.ndarray]]
+"""{site: width}, rows, dtype → {site: array [rows, width]}, with anything in them."""
 
 
 def fresh(widths: Mapping[str, int], rows: int, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -162,12 +162,12 @@ class Store:
         chunk: np.ndarray,
         row: np.ndarray,
         sites: Sequence[str],
-        memory: Memory = fresh,
+        arrays: Arrays = fresh,
     ) -> dict[str, np.ndarray]:
-        """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}, in arrays that `memory` gives. Raises
+        """Any rows, in any order: chunk [n], row [n] → {site: [n, width]}, in arrays that `arrays` gives. Raises
         UserError naming a damaged file."""
         self._check(chunk, row, sites)
-        out = memory({site: self.manifest.sites[site] for site in sites}, len(row), stored_dtype(self.dtype))
+        out = arrays({site: self.manifest.sites[site] for site in sites}, len(row), stored_dtype(self.dtype))
         if self.dtype == "int8":
             self.packed(chunk, row, sites).unpack(out)
         else:

@@ -22,7 +22,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from xlc_ray.activations.order import Order
 from xlc_ray.activations.packed import PackedBatch, PackedRows
-from xlc_ray.activations.source import Share, rebatch, rebatch_packed
+from xlc_ray.activations.source import FRESH, Memory, Share, rebatch, rebatch_packed
 from xlc_ray.activations.store import Store, stored_dtype
 from xlc_ray.cluster.blocks import Tasks, data_context
 
@@ -39,39 +39,23 @@ Read = Callable[[list[ray.ObjectRef], range, tuple[str, ...], Share], Iterator[p
 
 
 def replica_batches(
-    store: Store,
-    order: Order,
-    sites: Sequence[str],
-    batch_rows: int,
-    start_batch: int,
-    stop_batch: int,
-    replica: int = 0,
-    replicas: int = 1,
+    store: Store, order: Order, sites: Sequence[str], share: Share, memory: Memory = FRESH
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of global batches start_batch … stop_batch-1: {site: [batch_rows / replicas, width]}.
+    """A replica's share of batches: {site: [batch_rows / replicas, width]}.
 
     Equal, bit for bit, to `activations.source.batches` with the same arguments. Close the iterator to stop reading.
     Raises what reading raises (UserError for a damaged chunk), wrapped by Ray.
     """
-    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
     tables = _tables(store, order, sites, share, stored_dtype(store.dtype).itemsize, _read, "numpy")
-    return rebatch(tables, batch_rows // replicas, store.dtype)
+    return rebatch(tables, share.rows_each, store.dtype, memory.batch)
 
 
 def packed_replica_batches(
-    store: Store,
-    order: Order,
-    sites: Sequence[str],
-    batch_rows: int,
-    start_batch: int,
-    stop_batch: int,
-    replica: int = 0,
-    replicas: int = 1,
+    store: Store, order: Order, sites: Sequence[str], share: Share, memory: Memory = FRESH
 ) -> Iterator[PackedBatch]:
     """Likewise of a store of int8, equal to `activations.source.packed_batches`."""
-    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
     tables = _tables(store, order, sites, share, 1, _read_packed, "pyarrow")
-    return rebatch_packed((rows for table in tables for rows in _of_table(table)), batch_rows // replicas)
+    return rebatch_packed((rows for table in tables for rows in _of_table(table)), share.rows_each)
 
 
 def _tables(

@@ -19,7 +19,7 @@ from xlc_ray import files
 from xlc_ray.activations import store
 from xlc_ray.activations.live import LiveStore
 from xlc_ray.activations.order import Order
-from xlc_ray.activations.source import Share, ahead, rebatch
+from xlc_ray.activations.source import FRESH, Memory, Share, ahead, rebatch
 from xlc_ray.cluster.generators import Asker, Generators
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import LiveSource
@@ -93,17 +93,13 @@ def live_batches(
     data: store.Store,
     order: Order,
     sites: Sequence[str],
-    batch_rows: int,
-    start_batch: int,
-    stop_batch: int,
-    replica: int = 0,
-    replicas: int = 1,
+    share: Share,
+    memory: Memory = FRESH,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """A replica's share of batches start_batch … stop_batch-1, as `activations.source.batches` would give them, had the
-    chunks been stored. Raises what making a chunk raised, wrapped by Ray."""
-    share = Share(batch_rows, start_batch, stop_batch, replica, replicas)
+    """A replica's share of batches, as `activations.source.batches` would give them, had the chunks been stored. Raises
+    what making a chunk raised, wrapped by Ray."""
     windows = share.windows(order)
-    asker = Asker(attempt, windows.start, replica, replicas)
+    asker = Asker(attempt, windows.start, share.replica, share.replicas)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         held: dict[tuple[int, int], Any] = {}
@@ -118,7 +114,7 @@ def live_batches(
         held.clear()
         ray.get(generators.done.remote(asker))
 
-    return rebatch(ahead(blocks()), batch_rows // replicas, data.dtype)
+    return rebatch(ahead(blocks()), share.rows_each, data.dtype, memory.batch)
 
 
 def _rows(

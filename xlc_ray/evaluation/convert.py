@@ -125,7 +125,7 @@ def _training_rows(config: Config, store: Store, dictionary: Dictionary) -> Rows
     read = config.source
     order = Order(store.kept_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
     batches = max(1, min(config.train.calibration_tokens, order.epoch_rows) // size)
-    return lambda: source.batches(store, order, dictionary.wiring.sites, size, 0, batches)
+    return lambda: source.batches(store, order, dictionary.wiring.sites, source.Share(size, 0, batches))
 
 
 def _held_out_rows(config: Config, store: Store, dictionary: Dictionary) -> Rows:

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xlc_ray.activations.packed import PackedBatch, Unpacker
-from xlc_ray.activations.store import Memory, torch_dtype
+from xlc_ray.activations.source import Memory
+from xlc_ray.activations.store import torch_dtype
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Shards, Wiring
-from xlc_ray.training.rooms import Rooms
+from xlc_ray.training.rooms import LINE, Rooms
 
 Batches = Iterator[Mapping[str, Tensor]]
 Read = Iterator[Mapping[str, Tensor] | PackedBatch]
 Reader = Callable[[Wiring, int, Memory], Read]
-"""(wiring, first step, memory to read windows into) → this replica's share of each global batch from that step to the
+"""(wiring, first step, memory) → this replica's share of each global batch from that step to the
 last. Packed or not is for each reader to choose: `goes_packed` says what is best."""
 
 
@@ -74,7 +75,8 @@ class Shape:
     def rooms(self) -> tuple[int, int]:
         """Bytes of a window and of a batch."""
         row = sum(self.widths.values()) * self.dtype.itemsize
-        return self.window_rows * row + 64 * len(self.widths), self.rows * row
+        lines = LINE * len(self.widths)
+        return self.window_rows * row + lines, self.rows * row + lines
 
 
 def shared(read: Callable[[Memory], Read], count: int, shape: Shape, shards: Shards, device: torch.device) -> Batches:
@@ -98,7 +100,7 @@ def shared(read: Callable[[Memory], Read], count: int, shape: Shape, shards: Sha
 
 
 def _led(read: Callable[[Memory], Read], rooms: Rooms) -> Read:
-    for batch in read(rooms.window):
+    for batch in read(Memory(rooms.window, rooms.batch)):
         rooms.hand_out(batch if isinstance(batch, Mapping) else {})  # packed rows lie in no room
         yield batch
 

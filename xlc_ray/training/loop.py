@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xlc_ray import files
 from xlc_ray.activations import order, sites, source, store
-from xlc_ray.activations.store import Memory
+from xlc_ray.activations.source import Memory, Share
 from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.dictionary.build import build, make_wiring, normalize_by
@@ -25,7 +25,7 @@ from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
 
 CPU = torch.device("cpu")
-ReadBatches = Callable[..., Read]
+ReadBatches = Callable[[store.Store, order.Order, Sequence[str], Share, Memory], Read]
 """`source.batches`, or another function that gives the same."""
 FREE = (
     "out",
@@ -77,25 +77,22 @@ def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:
 
 
 def reading(batches: ReadBatches, config: Config, data: store.Store, shards: Shards) -> Reader:
-    """A reader of a run's rows by `batches`, which takes what `source.batches` takes, and reads where it will."""
+    """A reader of a run's rows by `batches`."""
 
     def read(wiring: Wiring, first: int, memory: Memory) -> Read:
-        train, rows = config.train, order_for(config, data.chunk_rows)
-        return batches(
-            data, rows, wiring.sites, train.batch_tokens, first, train.steps, shards.replica, shards.replicas
-        )
+        share = Share(config.train.batch_tokens, first, config.train.steps, shards.replica, shards.replicas)
+        return batches(data, order_for(config, data.chunk_rows), wiring.sites, share, memory)
 
     return read
 
 
 def in_process(config: Config, data: store.Store, shards: Shards, device: torch.device = CPU) -> Reader:
     """A reader without a cluster, for ranks on a device."""
+    return reading(_batches_for(data, device), config, data, shards)
 
-    def read(wiring: Wiring, first: int, memory: Memory) -> Read:
-        here = source.packed_batches if goes_packed(data.dtype, device) else partial(source.batches, memory=memory)
-        return reading(here, config, data, shards)(wiring, first, memory)
 
-    return read
+def _batches_for(data: store.Store, device: torch.device) -> ReadBatches:
+    return source.packed_batches if goes_packed(data.dtype, device) else source.batches
 
 
 def prepare(config: Config) -> int | None:
@@ -250,9 +247,8 @@ def _sample(config: Config, learner: Learner, data: store.Store) -> Iterator[Map
     batches = range(start // rows, -(-(start + tokens) // rows))
 
     def read(memory: Memory) -> Read:
-        what = data, rows_in_order, wiring.sites, rows, batches.start, batches.stop
-        packed = goes_packed(data.dtype, learner.device)
-        return source.packed_batches(*what) if packed else source.batches(*what, memory=memory)
+        share = Share(rows, batches.start, batches.stop)
+        return _batches_for(data, learner.device)(data, rows_in_order, wiring.sites, share, memory)
 
     found = shared(read, len(batches), Shape.of(config, wiring, rows, data.dtype), shards, learner.device)
     for n, batch in zip(batches, found, strict=True):

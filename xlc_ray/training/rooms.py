@@ -1,9 +1,10 @@
 """Memory that a replica's batches lie in, used again and again: fresh gigabytes take as long to page in as to fill.
 
-A reader gathers windows of rows straight into a *room*; a batch is a part of one, or was copied to a smaller room. On
-one machine all ranks of a replica look at the same rooms, so that a batch goes from the disk to every rank without
-another copy. They meet once a batch, where the leader says at which bytes it lies; who has come to batch n has no more
-use for n - 1. A room whose last batch was n - 2 or before is therefore free when the leader makes batch n.
+A reader gathers windows of rows straight into a *room*; a batch is a part of one, or is put together in a smaller room
+where it straddles windows. On one machine all ranks of a replica look at the same rooms, so that a batch goes from the
+disk to every rank without another copy. They meet once a batch, where the leader says at which bytes it lies; who has
+come to batch n has no more use for n - 1. A room whose last batch was n - 2 or before is therefore free when the leader
+makes batch n.
 
 What is shared is a file without a name (memfd), which the others open by way of the leader's process: whatever happens
 to the ranks, nothing is left behind, and the small /dev/shm of containers does not bound it. Pages that are never
@@ -15,7 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -27,7 +28,8 @@ from xlc_ray.dictionary import Shards
 
 _PAGE = mmap.PAGESIZE
 _TOKEN = 16  # bytes by which ranks know that what they opened is the leader's
-_LINE = 64  # arrays begin at multiples of it
+LINE = 64
+"""Arrays begin at multiples of so many bytes."""
 
 
 class Rooms:
@@ -40,8 +42,8 @@ class Rooms:
         self._windows = [range(start, start + window) for start in (_PAGE, _PAGE + window)]
         self._batches = [range(start, start + batch) for start in (_PAGE + 2 * window, _PAGE + 2 * window + batch)]
         self._handed = -1
-        self._last = dict.fromkeys(self._windows, -2)
-        """Room of a window → the last batch that lies in it."""
+        self._last = dict.fromkeys(self._windows + self._batches, -2)
+        """Room → the last batch that lies in it."""
 
     @staticmethod
     def own(window_bytes: int, batch_bytes: int) -> Rooms:
@@ -76,8 +78,17 @@ class Rooms:
 
     def window(self, widths: Mapping[str, int], rows: int, dtype: np.dtype) -> dict[str, np.ndarray]:
         """Arrays [rows, width] in a free room; fresh ones where none is free, or they do not fit."""
-        sizes = {site: -(-rows * width * dtype.itemsize // _LINE) * _LINE for site, width in widths.items()}
-        free = (room for room, last in self._last.items() if last < self._handed and sum(sizes.values()) <= len(room))
+        return self._arrays(self._windows, widths, rows, dtype)
+
+    def batch(self, widths: Mapping[str, int], rows: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+        """Likewise, in a smaller room, for the batch that is handed out next."""
+        return self._arrays(self._batches, widths, rows, dtype)
+
+    def _arrays(
+        self, rooms: Sequence[range], widths: Mapping[str, int], rows: int, dtype: np.dtype
+    ) -> dict[str, np.ndarray]:
+        sizes = {site: -(-rows * width * dtype.itemsize // LINE) * LINE for site, width in widths.items()}
+        free = (room for room in rooms if self._last[room] < self._handed and sum(sizes.values()) <= len(room))
         if (room := next(free, None)) is None:
             return {site: np.empty((rows, width), dtype) for site, width in widths.items()}
         found, start = {}, room.start
@@ -90,17 +101,19 @@ class Rooms:
     def hand_out(self, batch: Mapping[str, Tensor]) -> None:
         """The leader's next batch goes to training: what it lies in is not free before the batch after the next."""
         self._handed += 1
-        for room in self._windows:
+        for room in self._last:
             if any(self._place(values) in room for values in batch.values()):
                 self._last[room] = self._handed
 
     def places(self, batch: Mapping[str, Tensor]) -> list[int]:
         """At which byte each site of the batch that was handed out last lies, copied to a room where it was not."""
-        found, room = [], self._batches[self._handed % 2]
-        start = room.start
+        found, start = [], 0
         for values in batch.values():
             place = self._place(values)
             if not (0 <= place < len(self._memory) and values.is_contiguous()):
+                if not start:
+                    room = next(room for room in self._batches if self._last[room] < self._handed - 1)
+                    start, self._last[room] = room.start, self._handed
                 place, start = start, start + values.nbytes
                 self.at(place, values.shape, values.dtype).copy_(values)
             found.append(place)
