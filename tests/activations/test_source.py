@@ -56,6 +56,18 @@ def test_replicas_share_each_batch_wherever_reading_starts(data, share, replicas
         assert len(set(batch)) == rows  # so the shares are disjoint
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_micro_batch_holds_the_same_rows_for_any_number_of_replicas(data, replicas):
+    order, parts = Order(data.chunk_rows, 1, 8, 5), 2
+    (whole,) = ids(source.batches(data, order, ["mlp_in.0"], Share(24, 3, 4)))
+    shares = [Share(24, 3, 4, replica, replicas, parts) for replica in range(replicas)]
+    found = [next(iter(ids(source.batches(data, order, ["mlp_in.0"], share)))) for share in shares]
+    size = 24 // replicas // parts
+    for part in range(parts):
+        micro = [row for rows in found for row in rows[part * size : (part + 1) * size]]
+        assert micro == whole[part * 12 : (part + 1) * 12]
+
+
 def test_batches_are_the_stream_of_the_order(data):
     order = Order(data.chunk_rows, 1, 8, 5)
     first = np.cumsum([0, *CHUNKS])

@@ -44,7 +44,7 @@ def test_generation_uploads_to_an_actor_and_ray_data_reads_back_the_same_batches
     order, sites = Order(here.chunk_rows, 3, 64, 16), list(here.manifest.sites)
     for replica in range(2):
         streams = [
-            read(opened, order, sites, 128, 3, 45, replica, 2)  # more than an epoch
+            read(opened, order, sites, source.Share(128, 3, 45, replica, 2))  # more than an epoch
             for read, opened in ((source.batches, here), (data.replica_batches, there))
         ]
         for one, other in zip(*streams, strict=True):

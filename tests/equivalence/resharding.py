@@ -24,12 +24,23 @@ from xlc_ray.dictionary import Shards
 from xlc_ray.training import loop
 
 L0 = {"sparsity": {"kind": "l0", "coefficient": 0.1}}
+L0_TARGET = {"sparsity": {"kind": "l0", "coefficient": 0.5, "target_l0": 3.0}}
 CASES = {
     "batchtopk": {"dictionary.gate": {"kind": "batchtopk", "k": 3, "threshold_start": 3}, "train.loss": AUXK},
     "jumprelu": {"dictionary.gate": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.5}, "train.loss": TANH},
     "gated": {"dictionary.gate": {"kind": "gated"}, "train.loss": L1, "dictionary.features": 11},
     "hard_concrete": {"dictionary.gate": {"kind": "hard_concrete", "final_beta": 0.4}, "train.loss": L0},
     "zscore": {"dictionary.gate": {"kind": "topk", "k": 3, "rank_by": "zscore"}, "train.loss": AUXK},
+    "accumulated": {
+        "dictionary.gate": {"kind": "batchtopk", "k": 3, "rank_by": "zscore"},
+        "train.loss": AUXK,
+        "train.accumulate": 2,
+    },
+    "noise_accumulated": {
+        "dictionary.gate": {"kind": "hard_concrete", "final_beta": 0.4},
+        "train.loss": L0_TARGET,
+        "train.accumulate": 2,
+    },
     "resampled": {
         "dictionary.gate": {"kind": "topk", "k": 1, "rank_by": "decoder_norm"},
         "train.loss": {},

@@ -95,8 +95,8 @@ def test_one_batch_is_held_and_none_for_those_that_left(configs, monkeypatch):
     alive = weakref.WeakSet()
     real = source.batches
 
-    def watched(*given, memory):
-        for batch in real(*given, memory=memory):
+    def watched(*given):
+        for batch in real(*given):
             alive.update(batch.values())
             yield batch
             del batch
@@ -154,11 +154,12 @@ def test_streams_are_equal_where_what_is_read_is(configs):
     made = configs(
         "runs",
         one={},
-        other=RUNS["transcoder"] | {"train.lr": 1.0, "train.steps": 3},
+        other=RUNS["transcoder"] | {"train.lr": 1.0, "train.steps": 3, "train.accumulate": 2},
         seed={"seed": 1},
         batch={"train.batch_tokens": 20},
         order={"source.slice_rows": 2},
         ranks={"cluster.replicas": 2},
+        micro_batches={"cluster.replicas": 2, "train.accumulate": 2},  # of which each replica has a part
         sites={"dictionary.wiring": {"kind": "sae", "site": "mlp_in"}},
     )
     data = open_store(made["one"].source.path)

@@ -1,4 +1,5 @@
-"""Batches of stored rows: replica r of R takes rows [nB + r·B/R, nB + (r+1)·B/R) of every global batch n.
+"""Batches of stored rows. A batch is whole micro-batches of M rows; of the stream's rows [m, m + M) replica r of R takes
+[m + r·M/R, m + (r+1)·M/R).
 
 `batches` reads in this process. The pieces are there for other readers too, which then give the same batches:
 `Share` says which rows of which windows a replica needs, `rebatch` cuts the stream of them.
@@ -46,6 +47,8 @@ class Share:
     stop_batch: int
     replica: int = 0
     replicas: int = 1
+    micro_batches: int = 1
+    """Parts of a batch that are computed one after another: each holds the same rows for any number of replicas."""
 
     @property
     def rows_each(self) -> int:
@@ -61,10 +64,12 @@ class Share:
 
     def rows(self, window: Window) -> np.ndarray:
         """Which rows of a window belong to it: ascending indices."""
-        assert self.batch_rows % self.replicas == 0, "replicas divide the batch"
+        micro = self.batch_rows // self.micro_batches
+        assert micro * self.micro_batches == self.batch_rows, "micro-batches divide the batch"
+        assert micro % self.replicas == 0, "replicas divide the micro-batch"
         position = window.start + np.arange(len(window), dtype=np.int64)
         asked = (position >= self.start_batch * self.batch_rows) & (position < self.stop_batch * self.batch_rows)
-        whose = position % self.batch_rows // self.rows_each
+        whose = position % micro // (micro // self.replicas)
         return np.flatnonzero(asked & (whose == self.replica))
 
     def parts(self, order: Order, windows: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -57,12 +57,11 @@ class EndToEnd:
 
     def batch(self, step: int) -> Iterator[Micro]:
         """This replica's micro-batches of a step (from 0): activations of the original run, and the terms of ŷ."""
-        whole, parts = self.train.batch_tokens, self.train.accumulate
-        share = whole // self.shards.replicas
-        first = step * whole + self.shards.replica * share
-        for i in range(parts):
-            passages = self.stream.read(first + share * i // parts, first + share * (i + 1) // parts).to(self.device)
-            yield self._micro(passages)
+        micro = self.train.batch_tokens // self.train.accumulate
+        share = micro // self.shards.replicas
+        for i in range(self.train.accumulate):
+            start = step * self.train.batch_tokens + i * micro + self.shards.replica * share
+            yield self._micro(self.stream.read(start, start + share).to(self.device))
 
     def _micro(self, passages: Passages) -> Micro:
         seen: dict[str, Tensor] = {}

@@ -53,7 +53,8 @@ class Learner:
     # ------------------------------------------------------------ a step
 
     def train_step(self, batch: Batch, measure: bool) -> dict[str, float] | None:
-        """Train on this replica's share of a batch (site → [rows, d]); metrics where `measure`. Raises Diverged."""
+        """Train on this replica's share of a batch (site → [rows, d]), micro-batch after micro-batch; metrics where
+        `measure`. Raises Diverged."""
         parts, rows = self.config.train.accumulate, next(iter(batch.values())).shape[0]
         cuts = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
         micros = (({site: values[cut] for site, values in batch.items()}, None) for cut in cuts)

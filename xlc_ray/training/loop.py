@@ -80,7 +80,8 @@ def reading(batches: ReadBatches, config: Config, data: store.Store, shards: Sha
     """A reader of a run's rows by `batches`."""
 
     def read(wiring: Wiring, first: int, memory: Memory) -> Read:
-        share = Share(config.train.batch_tokens, first, config.train.steps, shards.replica, shards.replicas)
+        train, whose = config.train, (shards.replica, shards.replicas)
+        share = Share(train.batch_tokens, first, train.steps, *whose, train.accumulate)
         return batches(data, order_for(config, data.chunk_rows), wiring.sites, share, memory)
 
     return read

@@ -37,7 +37,8 @@ def stream(config: Config, data: store.Store) -> Hashable:
     ranks = cluster.tensor_parallel, cluster.replicas, cluster.cpus_per_worker, cluster.gpus_per_worker
     models = cluster.model_actors, cluster.cpus_per_model, cluster.gpus_per_model
     made_by = models if isinstance(config.source, LiveSource) else None
-    return config.source.model_dump_json(), config.seed, config.train.batch_tokens, ranks, made_by, sites
+    rows = config.train.batch_tokens, config.train.accumulate if cluster.replicas > 1 else 1  # which a replica's are
+    return config.source.model_dump_json(), config.seed, rows, ranks, made_by, sites
 
 
 @dataclass(frozen=True)
