@@ -1,5 +1,5 @@
-"""Batches of stored rows. A batch is whole micro-batches of M rows; of the stream's rows [m, m + M) replica r of R takes
-[m + r·M/R, m + (r+1)·M/R).
+"""Batches of stored rows. A batch is whole micro-batches of M rows; of rows [m, m + M) of the stream, replica r of R
+takes [m + r·M/R, m + (r+1)·M/R).
 
 `batches` reads in this process. The pieces are there for other readers too, which then give the same batches:
 `Share` says which rows of which windows a replica needs, `rebatch` cuts the stream of them.
