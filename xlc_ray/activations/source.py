@@ -88,9 +88,10 @@ def rebatch(
     A batch within one block that may be written to is a view of it, and keeps it alive; others are copied to `arrays`.
     """
     batch: dict[str, np.ndarray] = {}
-    for block, start, stop, at in _cut(blocks, rows, lambda block: len(next(iter(block.values())))):
-        if stop - start == rows and all(array.flags.writeable for array in block.values()):
-            yield {site: as_tensor(array[start:stop], dtype) for site, array in block.items()}
+    pairs = ((block, _tensors(block, dtype)) for block in blocks)
+    for (block, tensors), start, stop, at in _cut(pairs, rows, lambda pair: len(next(iter(pair[0].values())))):
+        if stop - start == rows and tensors:
+            yield {site: values[start:stop] for site, values in tensors.items()}
             continue
         if not batch:
             widths = {site: array.shape[1] for site, array in block.items()}
@@ -100,6 +101,13 @@ def rebatch(
         if at + stop - start == rows:
             yield {site: as_tensor(array, dtype) for site, array in batch.items()}
             batch = {}
+
+
+def _tensors(block: Mapping[str, np.ndarray], dtype: str) -> dict[str, torch.Tensor]:
+    """The same memory as tensors; none where it may not be written to."""
+    if not all(array.flags.writeable for array in block.values()):
+        return {}
+    return {site: as_tensor(array, dtype) for site, array in block.items()}
 
 
 def rebatch_packed(blocks: Iterable[PackedRows], rows: int) -> Iterator[PackedBatch]:

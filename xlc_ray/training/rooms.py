@@ -13,6 +13,7 @@ touched take no memory.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import secrets
@@ -101,9 +102,9 @@ class Rooms:
     def hand_out(self, batch: Mapping[str, Tensor]) -> None:
         """The leader's next batch goes to training: what it lies in is not free before the batch after the next."""
         self._handed += 1
-        for room in self._last:
-            if any(self._place(values) in room for values in batch.values()):
-                self._last[room] = self._handed
+        for values in itertools.islice(batch.values(), 1):  # all sites of a batch lie in one room, or none does
+            place = self._place(values)
+            self._last |= {room: self._handed for room in self._last if place in room}
 
     def places(self, batch: Mapping[str, Tensor]) -> list[int]:
         """At which byte each site of the batch that was handed out last lies, copied to a room where it was not."""
