@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -246,12 +250,12 @@ def test_a_killed_population_gives_the_frame_of_one_that_was_not(written, tmp_pa
         "copy": (checkpoint, "adopt", 2),
         "line": (generations.Board, "next_generation", 1),
     }
-    for kind, (owner, name, time) in kinds.items():
+    for kind, (owner, name, number) in kinds.items():
         calls, real = [], getattr(owner, name)
 
-        def killed(*given, calls=calls, real=real, time=time):
+        def killed(*given, calls=calls, real=real, number=number):
             calls.append(given)
-            if len(calls) == time:
+            if len(calls) == number:
                 raise KeyboardInterrupt
             return real(*given)
 
@@ -261,6 +265,30 @@ def test_a_killed_population_gives_the_frame_of_one_that_was_not(written, tmp_pa
             with pytest.raises(KeyboardInterrupt):
                 sweep(path, {"out": again}, local=True)
         same(sweep(resume=again, local=True), whole)
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_after_its_process_was_killed(written, tmp_path):
+    path = written(pbt={"interval": 20}, changes={"train.steps": 80, "train.checkpoint_every": 20})
+    whole, again = sweep(path, local=True), tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "jobs/sweep.py"), "--local"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        running = subprocess.Popen([*command, "--config", path, f"--out={again}"], stdout=output, stderr=output)
+    while not generation(again):
+        assert running.poll() is None, log.read_text()
+        time.sleep(0.001)
+    running.kill()
+    running.wait()
+    assert set(xlc.Sweep(str(again)).frame()["state"]) != {"finished"}
+    done = subprocess.run([*command, "--resume", str(again)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same(xlc.Sweep(str(again)), whole)
+
+
+def generation(out):
+    file = out / "sweep.json"
+    return file.exists() and json.loads(file.read_text()).get("replaced")
 
 
 def same(got, want):
