@@ -9,9 +9,11 @@ from xlc_ray.evaluation.convert import conversion_table
 options = cli.Options()
 options.add_argument("--out", default="", metavar="DIR", help="a new directory")
 options.add_argument("--per-feature", action="store_true", help="a threshold a feature, from what it kept")
-options.add_argument("--fold", action="store_true", help="decoder norms folded")
+options.add_argument("--fold", action="store_true", help="normalisation and decoder norms into the weights")
 options.add_argument("--target-l0", type=float, default=SUPPRESS, metavar="X", help="another l0 than the run's")
-options.add_argument("--tolerance", type=float, default=SUPPRESS, metavar="T", help="of l0, relative")
+options.add_argument(
+    "--tolerance", type=float, default=SUPPRESS, metavar="T", help="how far l0 may be off, over all groups"
+)
 
 
 def main(run: str, changes: dict, **how) -> None:

@@ -61,6 +61,21 @@ def test_spans_merge_neighbours_and_keep_the_order_of_reading():
     assert wires.read_spans(2) == (slice(1, 10),)
 
 
+def test_parts_are_groups_that_share_written_sites_and_their_columns():
+    assert wiring.sae(["a", "b"], 3).parts == (((slice(0, 3),), (0,)), ((slice(3, 6),), (1,)))
+    assert wiring.transcoders([0, 2], 3, skip=True).parts == (((slice(0, 3),), (0,)), ((slice(3, 6),), (1,)))
+    for wires in (wiring.clt([0, 1], 3), *(wiring.crosscoder(["a", "b"], 3, c) for c in ("acausal", "weak"))):
+        assert wires.parts == (((slice(0, 6),), tuple(range(wires.groups))),)
+    # d alone; b; a and c by way of the last group
+    rows = (("d",), ("c",), ("b",), ("a",), ("c", "a"))
+    mixed = Wiring({"a": 1, "b": 2, "c": 3, "d": 4}, rows, rows)
+    assert mixed.parts == (
+        ((slice(0, 1), slice(3, 6)), (1, 3, 4)),
+        ((slice(1, 3),), (2,)),
+        ((slice(6, 10),), (0,)),
+    )
+
+
 @pytest.mark.parametrize(
     ("reads", "writes", "skip"),
     [

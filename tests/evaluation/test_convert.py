@@ -35,6 +35,11 @@ GATES = {
     "topk_norm": {"kind": "topk", "k": 2, "pool": "group", "rank_by": "decoder_norm"},
     "jumprelu": {"kind": "jumprelu", "threshold": 0.3},
     "tied_norm": {"kind": "batchtopk", "k": 3, "rank_by": "decoder_norm", "threshold_start": 3},
+    "tied_target": {"kind": "batchtopk", "k": 3, "threshold_start": 3},
+}
+TIED = {
+    "tied_norm": {"tied": "per_source"},
+    "tied_target": {"tied": "per_target", "feature_scale": True},
 }
 NO_OPTIONS = {"per_feature": False, "target_l0": None, "tolerance": 0.1, "folded": False}
 
@@ -46,8 +51,7 @@ def trained(tmp_path_factory):
 
     def run(name):
         if name not in done:
-            wires = {"kind": "clt", "tied": "per_source"} if name.startswith("tied") else {"kind": "clt"}
-            changes = {"dictionary.gate": GATES[name], "dictionary.wiring": wires}
+            changes = {"dictionary.gate": GATES[name], "dictionary.wiring": {"kind": "clt", **TIED.get(name, {})}}
             config = small_run_in(tmp_path_factory.mktemp(name))(changes)
             train_alone(config)
             done[name] = config
@@ -224,3 +228,16 @@ def test_the_run_that_is_written_loads_and_cannot_be_trained_on(trained, tmp_pat
         assert torch.equal(loaded.state_dict()[name], value), name
     with pytest.raises(UserError, match="a converted dictionary, without an optimizer's state"):
         train_alone(settings)
+
+
+@pytest.mark.parametrize("name", ["batchtopk", *TIED])
+def test_a_folded_run_loads_with_the_wiring_of_its_weights(trained, name, tmp_path):
+    config = trained(name).override({"out": f"{tmp_path}/jump"})
+    job._convert(trained(name).out, config, NO_OPTIONS | {"folded": True})
+    loaded, settings = checkpoint.load_dictionary(config.out)
+    assert loaded.wiring.tied is None
+    assert settings.dictionary.wiring.tied is None
+    _, plain = converted(trained(name))
+    batch = rows(config, loaded)
+    for site, value in plain.dictionary.reconstruct(batch).items():
+        torch.testing.assert_close(loaded.reconstruct(batch)[site], value, rtol=1e-4, atol=1e-4)

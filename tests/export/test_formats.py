@@ -266,6 +266,31 @@ def test_saelens_conventions_that_we_do_not_write_are_read(tmp_path):
                (want / norms) @ group.W_dec + written.b_dec)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["saelens", "dictionary_learning"])
+def test_half_precision_is_widened_before_any_arithmetic(tmp_path, form, dtype):
+    dictionary, batch = make.trained("sae", "relu")
+    formats.WRITERS[form](dictionary, make.config("sae", "relu"), str(tmp_path))
+    if form == "saelens":
+        name, names, save = "sae_weights.safetensors", ("W_enc", "b_enc", "W_dec", "b_dec"), save_file
+        facts = json.loads((tmp_path / "cfg.json").read_text())
+        facts |= {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": True}
+        (tmp_path / "cfg.json").write_text(json.dumps(facts))
+    else:
+        name, names, save = "ae.pt", ("encoder.weight", "encoder.bias", "decoder.weight", "bias"), torch.save
+    read = load_file if form == "saelens" else torch.load
+    half = {key: value.to(dtype) for key, value in read(tmp_path / name).items()}
+    save(half, tmp_path / name)
+    W_enc, b_enc, W_dec, b_dec = (half[key].double() for key in names)
+    W_enc, W_dec = (W_enc, W_dec) if form == "saelens" else (W_enc.T, W_dec.T)
+    norms = W_dec.norm(dim=1)
+    want = ((batch["resid_post.1"] - b_dec) @ W_enc + b_enc).relu() * norms
+    loaded = xlc.load(str(tmp_path))
+    make.alike(make.codes(loaded, batch)[0], want, 1e-6)
+    got = loaded.reconstruct({site: value.float() for site, value in batch.items()})["resid_post.1"]
+    make.alike(got, (want / norms) @ W_dec + b_dec, 1e-6)
+
+
 def test_hooks_that_are_none_of_our_sites_keep_their_names(tmp_path):
     dictionary, batch = make.trained("sae", "relu")
     formats.WRITERS["saelens"](dictionary, make.config("sae", "relu"), str(tmp_path))

@@ -31,11 +31,14 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def save(path: Path, name: str, monkeypatch, transcoder: bool = True, layer: int = 8, **extra) -> dict:
+def save(
+    path: Path, name: str, monkeypatch, transcoder: bool = True, layer: int = 8, half: bool = False, **extra
+) -> dict:
     out = OUT if transcoder else WIDTH
     shapes = {"W_enc": (WIDTH, FEATURES), "b_enc": (FEATURES,), "W_dec": (FEATURES, out), "b_dec": (WIDTH,)}
     shapes |= {"b_dec_out": (out,)} if transcoder else {}
     tensors = {key: draw(*shape, seed=layer + n) for n, (key, shape) in enumerate(shapes.items())}
+    tensors = {key: value.bfloat16() if half else value for key, value in tensors.items()}
     facts = {
         "hook_point": f"blocks.{layer}.ln2.hook_normalized" if transcoder else f"blocks.{layer}.hook_resid_pre",
         "out_hook_point": f"blocks.{layer}.hook_mlp_out" if transcoder else None,
@@ -63,9 +66,9 @@ def by_hand(tensors: dict, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 NAME = "final_sparse_autoencoder_gpt2-small_blocks.8.ln2.hook_normalized_9.pt"
 
 
-@pytest.mark.parametrize("transcoder", [True, False])
-def test_a_file_computes_what_that_program_does(tmp_path, monkeypatch, transcoder):
-    tensors = save(tmp_path, NAME, monkeypatch, transcoder)
+@pytest.mark.parametrize(("transcoder", "half"), [(True, False), (False, False), (True, True)])
+def test_a_file_computes_what_that_program_does(tmp_path, monkeypatch, transcoder, half):
+    tensors = save(tmp_path, NAME, monkeypatch, transcoder, half=half)
     save(tmp_path, NAME.replace("final_", "100_"), monkeypatch, transcoder)  # an earlier checkpoint of the same run
     torch.save(torch.zeros(FEATURES), tmp_path / NAME.replace(".pt", "_log_feature_sparsity.pt"))
     assert formats.detect(str(tmp_path)) == "transcoder_circuits"

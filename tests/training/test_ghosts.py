@@ -1,4 +1,5 @@
-"""Ghost gradients against the formula written out in float64, whatever the split into micro-batches."""
+"""Ghost gradients against the formula written out in float64, whatever the split into micro-batches; and that ghosts
+and AuxK keep dictionaries apart that only train together."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from tests.dictionary import make
 from tests.equivalence import cases
 from xlc_ray.config import UserError
-from xlc_ray.dictionary import Shards, losses, wiring
+from xlc_ray.dictionary import Shards, Wiring, losses, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.dictionary.encoding import DeadFeatures
 from xlc_ray.training import Learner
@@ -62,6 +63,45 @@ def test_gradients_are_those_of_the_formula(scale):
     assert plain.parameters["groups.0.W_enc"].grad[DEAD[0]].eq(0).all()
 
 
+PAIRS = (("a", "a2"), ("b", "b2"), ("c", "c2"))
+APART = {
+    "saes": wiring.sae(["a", "b", "c"], 6),
+    "skip_transcoders": wiring.transcoders([0, 1, 2], 6, skip=True),
+    "crosscoders": Wiring(dict.fromkeys(["a", "b", "c", "a2", "b2", "c2"], 6), PAIRS, PAIRS),
+}
+
+
+@pytest.mark.parametrize("scale", ["canonical", "per_dim"])
+@pytest.mark.parametrize("wires", APART)
+@pytest.mark.parametrize("revive", [{"ghost": {"coefficient": 0.7}}, {"auxk": {"k": 4, "coefficient": 0.7}}])
+def test_dictionaries_that_only_train_together_train_as_each_alone(revive, wires, scale):
+    whole, dead = APART[wires], [2, 0, 7]
+    settings = cases.config({"kind": "relu"}, {"scale": scale, **revive}, **{"train.clip_norm": None})
+    batch = {s: v * (30 if s in whole.writes[1] else 1) for s, v in cases.batches(whole)[0].items()}
+
+    def trained(own: Wiring, dead: list[int], state: dict | None = None) -> tuple[Learner, dict]:
+        made = Learner(build(settings.dictionary, own, 3, Shards()), settings)
+        made.dictionary.load_state_dict(state or {}, strict=False)
+        for silent, count in zip(made.silent, dead, strict=True):
+            silent[:count] = 10**9
+        made.dead_totals = dead
+        return made, made.train_step({site: batch[site] for site in own.sites}, measure=True)
+
+    start = build(settings.dictionary, whole, 3, Shards()).double().state_dict()
+    together, metrics = trained(whole, dead)
+    found = []
+    for g, (reads, writes) in enumerate(zip(whole.reads, whole.writes, strict=True)):
+        own = Wiring(dict.fromkeys(dict.fromkeys(reads + writes), 6), (reads,), (writes,), whole.skip)
+        state = {name.replace(f".{g}", ".0"): value for name, value in start.items() if f".{g}" in name}
+        single, measured = trained(own, [dead[g]], state)
+        found.append(measured["loss"])
+        for name, p in together.parameters.items():
+            if f".{g}" in name:
+                torch.testing.assert_close(p.grad, single.parameters[name.replace(f".{g}", ".0")].grad, msg=name)
+                assert p.grad.any()
+    assert metrics["loss"] == pytest.approx(sum(found), rel=1e-12)
+
+
 def test_micro_batches_change_nothing():
     once, often = (learner({"ghost": {}}, **{"train.accumulate": n}) for n in (1, 4))
     batch = cases.batches(CLT)[0]
@@ -89,15 +129,16 @@ def test_dead_features_come_back():
     assert found[1][1] < 0.5 * found[0][1]  # b_dec alone learns the mean, not how far a token goes
 
 
-def test_no_size_of_a_preactivation_and_no_error_of_zero_breaks_it():
+@pytest.mark.parametrize("bias", [500.0, -60.0, -500.0])
+def test_no_size_of_a_preactivation_and_no_error_of_zero_breaks_it(bias):
     d = make.dictionary(CLT).float()
     with torch.no_grad():
-        d.groups[0].b_enc.fill_(500.0)
+        d.groups[0].b_enc.fill_(bias)
     masks = [torch.ones(7, dtype=torch.bool), torch.zeros(7, dtype=torch.bool)]
     x = d.normalize_inputs({s: v.float() for s, v in make.activations(CLT, 5).items()})
     code = d.analyse(x, DeadFeatures(masks, [7, 0], None))
     (_, ghost), _ = d.decode_all([code.features, code.revived], x)
-    for error in (torch.ones_like(ghost), torch.zeros_like(ghost)):
+    for error in (torch.full_like(ghost, 20), torch.zeros_like(ghost)):
         term = losses.ghost(ghost, error, None)
         term.backward(retain_graph=True)
         assert torch.isfinite(term)

@@ -116,18 +116,18 @@ def test_auxk_counts_by_how_many_are_dead():
     batch = cases.batches(CLT)[0]
     m = made.train_step(batch, measure=True)
     assert m["auxk"] > 0
-    assert m["loss"] == pytest.approx(m["reconstruction"] + 0.5 * 3 / (4 * 2) * m["auxk"], rel=1e-12)
+    assert m["loss"] == pytest.approx(m["reconstruction"] + 0.5 * m["auxk"], rel=1e-12)
 
 
 def test_auxk_is_in_the_units_of_the_reconstruction():
-    """ê = 0 would make the auxiliary loss the reconstruction loss itself, under either scale."""
+    """ê = 0 would make the auxiliary loss the reconstruction loss itself, under either scale, but for the factor."""
     for scale in ("canonical", "per_dim"):
         made = learner(loss={"auxk": {"k": 4}, "scale": scale})
         made.silent[0][:3], made.dead_totals = 10**9, [3, 0]
         with torch.no_grad():
             made.dictionary.groups[0].W_dec[:3] = 0
         m = made.train_step(cases.batches(CLT)[0], measure=True)
-        assert m["auxk"] == pytest.approx(m["reconstruction"], rel=1e-12)
+        assert m["auxk"] == pytest.approx(3 / (4 * 2) * m["reconstruction"], rel=1e-12)
 
 
 def test_auxk_reads_half_a_site_by_default():

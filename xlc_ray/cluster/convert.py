@@ -71,7 +71,8 @@ def _save(run_dir: str, config: Config, dictionary: Dictionary) -> None:
     """config.yaml, and a checkpoint of the same step without what only training needs."""
     files.write_bytes(files.join(config.out, "config.yaml"), config.yaml().encode())
     step = checkpoint.steps(run_dir)[-1]
-    facts = checkpoint.facts(run_dir, step) | {"converted_from": run_dir}
+    own = {"wiring": checkpoint.describe(dictionary.wiring), "converted_from": run_dir}
+    facts = checkpoint.facts(run_dir, step) | own
     facts.pop("step")
     dictionary.to(torch.float64 if config.train.precision == "float64" else torch.float32)
     tensors = checkpoint.dictionary_tensors(dictionary)

@@ -1,8 +1,8 @@
-"""Sites side by side in one matrix: taking columns out of it, and adding into them."""
+"""Sites side by side in one matrix: taking columns out of it, splitting it, and adding into them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ def join(activations: Mapping[str, Tensor], sites: tuple[str, ...], like: Tensor
 def columns(x: Tensor, spans: Spans) -> Tensor:
     """Some columns of x [B, width] side by side: a view where they are one span."""
     return x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, s] for s in spans], dim=1)
+
+
+def split(y: Tensor, parts: Sequence[Spans]) -> Sequence[Tensor]:
+    """y [B, width] in parts, which together are all its columns, in order: views where each is one span."""
+    if all(len(spans) == 1 for spans in parts):  # one backward for all of them
+        return y.split([spans[0].stop - spans[0].start for spans in parts], dim=1)
+    return [columns(y, spans) for spans in parts]
 
 
 class AddColumns(torch.autograd.Function):

@@ -10,6 +10,7 @@
     auxk            ‖e - ê‖² as reconstruction, e = y - ŷ detached, ê of dead features  (Gao et al. 2024)
     ghost           r ‖e - s ĝ‖² as reconstruction, ĝ of exp(pre) of dead features, s and r below (Anthropic, 2024)
 
+The last two are of one dictionary: where a wiring falls into parts (`Wiring.parts`), each has its own.
 A term over features is this rank's part: the parts of all ranks of a replica add up to the loss.
 """
 
@@ -137,6 +138,6 @@ def ghost(
     e, tiny = error.detach(), torch.finfo(error.dtype).tiny
     with torch.no_grad():
         lengths = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (e, ghost_hat)]
-        scale = lengths[0] / (2 * lengths[1]).clamp(min=tiny)
+        scale = lengths[0] / (2 * lengths[1]).clamp(min=tiny**0.5)  # ĝ may vanish; s² stays finite
     own = by_token(scale * ghost_hat, e, weights)
     return (by_token(torch.zeros_like(e), e, weights) / own.detach().clamp(min=tiny) * own).sum() / e.shape[0]

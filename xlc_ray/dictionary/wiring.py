@@ -95,6 +95,19 @@ class Wiring:
         """Summed width of some sites."""
         return sum(self.widths[s] for s in sites)
 
+    @property
+    def parts(self) -> tuple[tuple[Spans, tuple[int, ...]], ...]:
+        """Dictionaries of their own: columns of y, and the groups that write there and nowhere else. In the order of
+        columns. An SAE or a transcoder has one for each group; a CLT or a crosscoder is one."""
+        found: list[tuple[set[str], list[int]]] = []
+        for g, row in enumerate(self.writes):
+            shared = [part for part in found if not part[0].isdisjoint(row)]
+            found = [part for part in found if part not in shared]
+            found.append((set(row).union(*(s for s, _ in shared)), sorted(sum((n for _, n in shared), [g]))))
+        places = self.columns(self.written_sites)
+        parts = [(_spans(places, tuple(s for s in places if s in own)), tuple(groups)) for own, groups in found]
+        return tuple(sorted(parts, key=lambda part: part[0][0].start))
+
     def decoder_width(self, g: int) -> int:
         """Columns of the decoder that group g stores."""
         return self.widths[self.written_sites[g]] if self.tied else self.width(self.writes[g])

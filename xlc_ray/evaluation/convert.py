@@ -21,6 +21,7 @@ from xlc_ray.activations import source
 from xlc_ray.activations.order import Order
 from xlc_ray.activations.store import Store
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.dictionary import CltWiring
 from xlc_ray.dictionary import Dictionary
 from xlc_ray.dictionary.fold import fold, fold_decoder_norms
 from xlc_ray.dictionary.gates import JumpReLU, TopK
@@ -66,8 +67,9 @@ def convert_dictionary(
     Reads up to `train.calibration_tokens` training rows in batches of `train.batch_tokens`, as training does, and
     measures before and after on `evaluate.tokens` held-out rows (`held_out` None: on those training rows). `target_l0`
     counts all groups (None: what the gate keeps in training); `tolerance` is the largest difference from it, of which
-    each group may take an equal part. `folded`: fold normalisation and decoder norms into the weights. Raises UserError
-    for a gate without thresholds to find, a store without the sites, and a target that no scale in [0.1, 10] reaches.
+    each group may take an equal part. `folded`: fold normalisation and decoder norms into the weights, which unties
+    tied decoders. Raises UserError for a gate without thresholds to find, a store without the sites, and a target that
+    no scale in [0.1, 10] reaches.
     """
     _check(dictionary, training, target_l0, tolerance)
     dictionary = dictionary.to(device).eval()
@@ -96,6 +98,8 @@ def convert_dictionary(
     if folded:
         made = fold_decoder_norms(fold(made))
         changes["dictionary.normalization"] = {"kind": "none", "center": False}
+        if isinstance(config.dictionary.wiring, CltWiring):
+            changes |= {"dictionary.wiring.tied": None, "dictionary.wiring.feature_scale": False}
     return Conversion(made, config.override(changes), report)
 
 

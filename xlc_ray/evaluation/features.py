@@ -5,7 +5,8 @@
     decoder_norm      ‖W_dec_i‖ over all written sites, in the dictionary's units
     site              the written site that has the greatest share of ‖W_dec_i‖² (site_index: its place among all)
     site_share        that share
-    cosine_to_mean    cosine of the decoder row at that site with the site's mean activation, both in raw units
+    cosine_to_mean    cosine of the decoder row at that site with the site's mean activation, both in raw units: near ±1
+                      a feature stands for the mean direction, as a bias would
 
 Columns without a value (the activations of a dead feature, the site of a zero row) are null. Activations are in the
 dictionary's units. Counts are exact, sums float64; accumulators merge over workers.

@@ -81,7 +81,7 @@ def unit_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Weights:
 def assemble(
     where: str, wiring: Wiring, groups: Sequence[Weights], b_dec: Tensor, gate: gates.Gate, skips: Sequence[Tensor] = ()
 ) -> Dictionary:
-    """A dictionary of given weights, without normalisation, in inference form and at least float32.
+    """A dictionary of given weights, without normalisation, in inference form.
 
     b_dec [W]: all written sites, side by side; skips: W_skip of each group [written width, read width]. Raises
     UserError, naming `where`, on shapes that do not fit."""
@@ -107,11 +107,7 @@ def _put(where: str, module: object, name: str, value: Tensor, what: str) -> Non
     wanted = getattr(module, name).shape
     if value.shape != wanted:
         raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
-    setattr(module, name, nn.Parameter(_at_least_float32(value)))
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    setattr(module, name, nn.Parameter(value.detach()))
 
 
 def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
@@ -119,7 +115,7 @@ def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:
     own = settings.JumpReluGate()
     gate = gates.JumpReLU([len(t) for t in thresholds], Shards(), own.threshold, own.bandwidth, "direct")
     for parameter, value in zip(gate.raw_threshold, thresholds, strict=True):
-        parameter.data = _at_least_float32(value).clamp(min=0)
+        parameter.data = value.detach().clamp(min=0)
     return gate
 
 
@@ -128,7 +124,7 @@ def gated(groups: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Gated:
     gate = Gated([len(b) for b, _, _ in groups], Shards(), settings.GatedGate().auxiliary)
     for g, values in enumerate(groups):
         for name, value in zip(("b_gate", "r_mag", "b_mag"), values, strict=True):
-            getattr(gate, name)[g].data = _at_least_float32(value)
+            getattr(gate, name)[g].data = value.detach()
     return gate
 
 

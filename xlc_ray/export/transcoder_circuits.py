@@ -24,7 +24,7 @@ from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import site_of
 from xlc_ray.export.plain import assemble
-from xlc_ray.export.weights import pick
+from xlc_ray.export.weights import pick, widened
 
 DENSITIES = "_log_feature_sparsity.pt"
 FOLDED = "ln2.hook_normalized"
@@ -101,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and the tensors of a file. Raises UserError where it is damaged, or names other code."""
+    """The settings and the tensors, widened, of a file. Raises UserError where it is damaged, or names other code."""
     pickled = types.SimpleNamespace(__name__="pickle", Unpickler=_Unpickler)
     raw = files.read_bytes(name)
     try:
@@ -114,4 +114,4 @@ def _load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = found.get("state_dict") if isinstance(found, dict) else None
     if not isinstance(facts, dict) or not isinstance(tensors, dict):
         raise UserError(f"{name}: expected cfg and state_dict, as transcoder_circuits saves them")
-    return facts, tensors
+    return facts, widened(tensors)

@@ -28,7 +28,7 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of such a file. Raises UserError where it is missing or damaged."""
+    """The tensors of such a file, widened. Raises UserError where it is missing or damaged."""
     try:
         if path.endswith(".pt"):
             found = torch.load(io.BytesIO(files.read_bytes(path)), map_location="cpu", weights_only=True)
@@ -42,7 +42,15 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path}: expected a dict of tensors")
-    return found
+    return widened(found)
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with floats in float32 at least, so that what is computed of stored halves is not rounded to halves."""
+    return {
+        name: value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
 
 
 def folders(path: str, names: set[str], file: str) -> list[str]:

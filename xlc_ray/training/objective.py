@@ -7,11 +7,13 @@ Which of them there are is said by `train.loss`, and by the gate where it brings
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from xlc_ray.config import Config
 from xlc_ray.config.losses import Sparsity
 from xlc_ray.dictionary import connection, losses, nested
+from xlc_ray.dictionary.columns import columns, split
 from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.encoding import Encoding
 from xlc_ray.dictionary.features import Features
@@ -24,14 +26,20 @@ Terms = dict[str, tuple[float, Tensor, bool]]
 class Objective:
     """The terms that the settings ask for, and what they need of the encoding.
 
-    `weights` [W]: of the columns of the reconstruction error, or None; `auxk`: dead features that AuxK takes, 0 without
-    it; `needs_norms`, `needs_pre`: whether terms need decoder norms, and all pre-activations."""
+    `weights` [W]: of the columns of the reconstruction error, or None; `parts`: those of the wiring, each with its
+    weights; `auxk`: dead features of a group that AuxK takes, 0 without it; `needs_norms`, `needs_pre`: whether terms
+    need decoder norms, and all pre-activations."""
 
     def __init__(self, dictionary: Dictionary, config: Config):
         self.dictionary, self.train = dictionary, config.train
         loss = config.train.loss
         widths = [dictionary.wiring.widths[s] for s in dictionary.wiring.written_sites]
         self.weights = losses.site_weights(widths, True).to(dictionary.b_dec) if loss.scale == "per_dim" else None
+        own = None if self.weights is None else self.weights.unsqueeze(0)
+        self.parts = [
+            (spans, groups, None if own is None else columns(own, spans)[0])
+            for spans, groups in dictionary.wiring.parts
+        ]
         self.auxk = loss.auxk.k or max(1, max(widths) // 2) if loss.auxk else 0
         prefixes = loss.matryoshka.prefixes if loss.matryoshka else ()
         self.cuts = nested.cuts(prefixes, dictionary.sizes, dictionary.shards) if prefixes else None
@@ -98,16 +106,27 @@ class Objective:
         self, code: Encoding, others: list[Tensor], x: Tensor, y: Tensor, error: Tensor, dead_totals: list[int]
     ) -> Terms:
         """Of `others`: what dead features, then the gate's frozen code, reconstruct, where they are there."""
-        loss, d, terms = self.train.loss, self.dictionary, {}
-        if code.revived and loss.auxk:
-            dead = min(1.0, sum(dead_totals) / (self.auxk * len(dead_totals)))
-            terms["auxk"] = (loss.auxk.coefficient * dead, losses.auxk(others[0], error, self.weights), False)
-        if code.revived and loss.ghost:
-            terms["ghost"] = (loss.ghost.coefficient, losses.ghost(others[0], error, self.weights), False)
+        d = self.dictionary
+        terms = self._of_dead(others[0], error, dead_totals) if code.revived else {}
         if d.gate.auxiliary:
             term = losses.reconstruction(others[-1] + d.offset(x).detach(), y, self.weights)
             terms["auxiliary"] = (d.gate.auxiliary, term, False)
         return terms
+
+    def _of_dead(self, revived: Tensor, error: Tensor, dead_totals: list[int]) -> Terms:
+        """AuxK or ghost gradients, in each dictionary of its own that has dead features."""
+        auxk, ghost, each = self.train.loss.auxk, self.train.loss.ghost, []
+        spans = [spans for spans, _, _ in self.parts]
+        sides = zip(self.parts, split(revived, spans), split(error, spans), strict=True)
+        for (_, groups, weights), e_hat, e in sides:
+            dead = sum(dead_totals[g] for g in groups)
+            if dead and auxk:
+                each.append(min(1.0, dead / (self.auxk * len(groups))) * losses.auxk(e_hat, e, weights))
+            elif dead:
+                each.append(losses.ghost(e_hat, e, weights))
+        name, settings = ("auxk", auxk) if auxk else ("ghost", ghost)
+        assert settings is not None
+        return {name: (settings.coefficient, torch.stack(each).sum(), False)}
 
     def _frozen(self, code: Encoding) -> list[list[Features]]:
         """The code that the gate's auxiliary loss decodes with a frozen decoder, if it has one."""
