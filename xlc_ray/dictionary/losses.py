@@ -110,7 +110,7 @@ def l0(features: list[Features], gate: Gate, pre: list[Tensor] | None = None) ->
 def l0_to_target(
     features: list[Features], gate: Gate, target: float, shards: Shards, pre: list[Tensor] | None = None
 ) -> Float[Tensor, ""]:
-    """(L0/target - 1)², L0 over all features and the whole batch. Equal on all ranks: the whole term, not a part."""
+    """(L0/target - 1)², L0 over all features and all replicas. Equal on all ranks: the whole term, not a part."""
     return (shards.mean_of_batches(l0(features, gate, pre)) / target - 1).square()
 
 
