@@ -24,6 +24,7 @@ from xlc_ray.activations.packed import PackedRows
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
+    compare,
     fingerprint,
     finish,
     identity,
@@ -45,6 +46,7 @@ __all__ = [
     "SiteStatistics",
     "Store",
     "begin",
+    "compare",
     "decode",
     "encode",
     "fingerprint",

@@ -18,13 +18,12 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from xlc_ray import files
-from xlc_ray.activations.live import is_ready
+from xlc_ray.activations.live import LiveStore, is_ready
 from xlc_ray.activations.store import Store, is_there, open_source
-from xlc_ray.cluster import preflight
+from xlc_ray.cluster import live, preflight
 from xlc_ray.cluster.data import packed_replica_batches, replica_batches
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
-from xlc_ray.cluster.live import generating, live_batches
 from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
@@ -50,6 +49,8 @@ def train(config: Config) -> dict[str, Any]:
     config = resolve(config)
     data = open_or_make(config)
     wiring = loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
+    if isinstance(data, LiveStore):
+        live.check(config, data)
     connect()
     least = min(layout.workers for layout in layouts(config))
     require(least * config.cluster.cpus_per_worker, least * config.cluster.gpus_per_worker, f"{least} workers")
@@ -58,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with driving(config.out), generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
+        with driving(config.out), live.generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
             supervise(config, _worker, generators)
     return {**logs.read(config.out)[-1], "out": config.out}
 
@@ -108,7 +109,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
 
     made, batches = settings["generators"], replica_batches
     if made is not None:
-        batches = partial(live_batches, made, settings["attempt"])
+        batches = partial(live.live_batches, made, settings["attempt"])
     elif goes_packed(data.dtype, device):
         batches = packed_replica_batches
     reader = loop.reading(batches, config, data, shards)
