@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,6 +116,10 @@ class Generators:
     async def facts(self) -> dict[str, int]:
         """Chunks `made`, `read` (they were stored) and `written`, `most_held` at once, `most_models` at once."""
         return self._facts | {"most_models": self._models.most}
+
+    async def models(self) -> Counter[str]:
+        """Language models by the id of their node."""
+        return self._models.by_node()
 
     async def close(self) -> dict[str, int]:
         """The facts, once everything is written; language models are given back. Raises what writing raised."""

@@ -26,7 +26,7 @@ from xlc_ray import files
 from xlc_ray.cluster import watchdog
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.network import Torch
-from xlc_ray.cluster.placement import Place, best, layouts, nodes_now
+from xlc_ray.cluster.placement import Place, best, layouts, least_models, nodes_now
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint
 
@@ -78,10 +78,10 @@ def _onward(config: Config) -> str:
 
 def _room(config: Config) -> Place:
     """The best place that the nodes have room for, as soon as they have."""
-    wanted = layouts(config)[0]
+    wanted, models = layouts(config)[0], least_models(config)
     started, told = time.monotonic(), False
     while True:
-        most, now = best(config, nodes_now(free=False)), best(config, nodes_now(free=True))
+        most, now = (best(config, nodes_now(free), models) for free in (False, True))
         waited = time.monotonic() - started
         if now and (now.layout == wanted or waited > SETTLE_SECONDS or (most and now.layout == most.layout)):
             if now.layout != wanted:
@@ -90,8 +90,8 @@ def _room(config: Config) -> Place:
         if waited > max(SETTLE_SECONDS, config.cluster.node_wait_s):
             raise UserError(
                 f"cluster: no room for {wanted} of {config.cluster.cpus_per_worker:g} CPUs and "
-                f"{config.cluster.gpus_per_worker:g} GPUs for {waited:.0f} s (cluster.node_wait_s); what was complete "
-                "is kept: add nodes, or lower cluster.min_replicas"
+                f"{config.cluster.gpus_per_worker:g} GPUs{' beside a language model' * models} for {waited:.0f} s "
+                "(cluster.node_wait_s); what was complete is kept: add nodes, or lower cluster.min_replicas"
             )
         if not told and waited > SETTLE_SECONDS:
             print(f"train: waiting for nodes, {config.cluster.node_wait_s:.0f} s at most", flush=True)

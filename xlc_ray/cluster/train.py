@@ -24,7 +24,7 @@ from xlc_ray.cluster import live, preflight
 from xlc_ray.cluster.data import packed_replica_batches, replica_batches
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
-from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
+from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, least_models, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
@@ -119,12 +119,19 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
         # is ours, so that any number of ranks can read it, with or without Ray.
         ray.train.report(metrics | {"step": step})
         if place.layout != layouts(config)[0] and step != config.train.steps:
-            found = best(config, with_own(nodes_now(free=True), own, config.cluster)) if leader else None
+            found = _room_again(config, own, made) if leader else None
             if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
                 raise Stop
 
     announce = gauges.set if leader else lambda _: gauges.set({})
     loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
+
+
+def _room_again(config: Config, own: Counter[str], generators: Any) -> Place | None:
+    """The best place, were all that this run holds free: its workers, and its language models, which rest between
+    groups."""
+    models = {} if generators is None else ray.get(generators.models.remote())
+    return best(config, with_own(nodes_now(free=True), own, config.cluster, models), least_models(config))
 
 
 def _larger(config: Config, found: Place, now: Place) -> bool:
