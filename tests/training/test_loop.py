@@ -12,6 +12,7 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.runs import Interrupted, final_state, interrupt_at
+from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.training import Diverged, logs, train_alone
@@ -58,6 +59,25 @@ def test_metrics_of_repeated_steps_count_once(small_run):
     assert [line["step"] for line in logs.read(config.out)] == list(range(1, 13))
     written = Path(config.out, "metrics.jsonl").read_text().splitlines()
     assert len(written) > 12  # appended, never rewritten
+
+
+@pytest.mark.parametrize("where", ["{tmp}/cut", "memory://cut"])
+def test_a_line_of_metrics_that_was_cut_costs_no_other(small_run, tmp_path, where):
+    """As a disk leaves it that is full in the middle of an append."""
+    config = small_run({"train.log_every": 1, "out": where.format(tmp=tmp_path)})
+    with pytest.raises(Interrupted):
+        train_alone(config, interrupt_at(7))
+    path = files.join(config.out, "metrics.jsonl")
+    files.write_bytes(path, files.read_bytes(path)[:-40])
+    assert [line["step"] for line in logs.read(config.out)] == list(range(1, 7))
+    assert logs.last(config.out)["step"] == 6
+    train_alone(config)
+    assert [line["step"] for line in logs.read(config.out)] == list(range(1, 13))
+    assert logs.last(config.out)["step"] == 12
+    steps = [line["step"] for line in map(json.loads, files.read_bytes(path).splitlines()[7:])]
+    assert steps == list(range(5, 13)), "from the checkpoint of step 4 on, each in a line of its own"
+    files.append(path, "\0\n")
+    assert logs.last(config.out)["step"] == 12
 
 
 def test_more_than_one_epoch_and_tokens_counted(small_run):
