@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.cluster.prepared import LIVE, settings_of
 from xlc_ray.activations import store
 from xlc_ray.cluster import plan
 from xlc_ray.cluster import train as job
+from xlc_ray.cluster.generators import Asker, Generators
 from xlc_ray.config import UserError
 
 ROWS = [300, 300, 300]
@@ -68,6 +70,25 @@ def test_a_fine_tuned_model_of_the_same_widths_is_refused(prepared, asset, tmp_p
     shutil.copytree(asset("tiny-austen-gpt2-d64"), tuned)
     with pytest.raises(UserError, match=r"was made with model\.name = 'tiny-austen-gpt2-d64', not 'tiny-tuned'"):
         job.train(prepared({"model.name": str(tuned)}))
+
+
+def test_chunks_are_not_given_to_a_group_whose_other_replicas_are_not_known_any_more(prepared):
+    """As Ray repeats a request to an actor that it has started again: the chunks from the group's beginning on would
+    be held for replicas that do not ask, and what this one waits for never begun."""
+
+    async def asked(first: bool) -> list:
+        generators = Generators(prepared(), ["mlp_in.0"])
+
+        async def get(chunk, stored):
+            chunk.made.set_result(chunk.need.chunk)
+
+        generators._get = get
+        asking = generators.chunks(Asker("1", 0, 0, 2), 3, [2], first)
+        return await asyncio.wait_for(asking, timeout=20)
+
+    assert asyncio.run(asked(True)) == [2]
+    with pytest.raises(RuntimeError, match="the actor that held the chunks of live training died"):
+        asyncio.run(asked(False))
 
 
 def test_identities_compare_in_full_unless_told():

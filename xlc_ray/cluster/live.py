@@ -109,12 +109,14 @@ def live_batches(
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         held: dict[tuple[int, int], Any] = {}
+        first = True
         for w, chunk, row in share.parts(order, windows):
             wanted = [(w // order.epoch_windows, c) for c in np.unique(chunk).tolist()]
             # What this window does not want may be let go from here on: nothing must refer to it.
             held = {key: held[key] for key in wanted if key in held}
             new = [key for key in wanted if key not in held]
-            refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new]))
+            refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new], first))
+            first = False
             held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
             yield _rows({c: values for (_, c), values in held.items()}, chunk, row, sites)
         held.clear()
