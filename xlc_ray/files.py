@@ -1,6 +1,7 @@
 """Files at a local path or at any URL that fsspec knows: the same few verbs for both.
 
-What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError.
+What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError. A
+local file system that fails raises OSError; who can wait for it calls by way of `waiting`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, 
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, *_PLACES)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
 COPIED_AT_ONCE = 2**24
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between calls of a local file system that fails
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs")
 _LIBRARIES = {
     "aiohttp": "ClientError",
@@ -100,6 +102,21 @@ def again(path: str, call: Callable[[], T]) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+def waiting(patience: float, call: Callable[[], T], failed: Callable[[], object] = lambda: None) -> T:
+    """`call()`; tried again, with growing pauses, while it raises OSError, each time after `failed()`, for `patience`
+    seconds. Then the OSError goes on to the caller."""
+    until, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except OSError:
+            failed()
+            if time.monotonic() + pause > until:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 def failures() -> tuple[type[BaseException], ...]:
     """Exceptions by which file systems report that something failed on the way."""
     loaded = [(sys.modules.get(module), name) for module, name in _LIBRARIES.items()]
@@ -119,8 +136,17 @@ def said(error: BaseException) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or directory."""
-    return size(path) is not None if is_url(path) else os.path.exists(local(path))
+    """Whether there is a file or directory. Raises OSError where a local file system does not tell, and UserError where
+    this user must not know."""
+    if is_url(path):
+        return size(path) is not None
+    try:
+        os.stat(local(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be looked for: {error.strerror}") from None
+    return True
 
 
 def size(path: str) -> int | None:

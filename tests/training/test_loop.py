@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -104,6 +106,23 @@ def test_half_written_checkpoint_is_passed_over(small_run, tmp_path):
     assert checkpoint.steps(config.out) == [8]
     assert train_alone(config)["step"] == 12
     assert checkpoint.steps(config.out) == [8, 12]
+
+
+def test_a_run_whose_checkpoints_cannot_be_seen_loses_nothing(small_run, monkeypatch):
+    config = small_run()
+    train_alone(config)
+    metrics = Path(config.out, "metrics.jsonl").read_bytes()
+    stat = os.stat
+
+    def fail(path, *args, **kwargs):
+        if str(path).endswith(checkpoint.MARKER):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train_alone(config)
+    assert Path(config.out, "metrics.jsonl").read_bytes() == metrics
 
 
 def test_directory_of_another_run_is_refused(small_run):

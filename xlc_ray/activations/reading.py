@@ -8,7 +8,6 @@ waited for, and a file that was cut an error, where a map would end the process.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,13 +17,13 @@ from typing import BinaryIO, TypeVar
 import h5py
 import numpy as np
 
+from xlc_ray import files
 from xlc_ray.activations.chunkfile import check_dataset, on_disk, open_hdf5, place
 from xlc_ray.activations.manifest import ChunkRecord, Span
 from xlc_ray.config import UserError
 
 T = TypeVar("T")
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between reads that fail
 _OPEN_FILES = 64  # a store may have thousands of chunks
 _GAP_BYTES = 4096  # between rows that are read together: about what a call of the system costs
 _TOGETHER = 1 << 18  # bytes read together at most: what is sorted from there stays in a core's cache
@@ -61,18 +60,18 @@ def span(path: str, span: Span, patience: float = 0.0) -> np.ndarray:
 
 
 def _patiently(path: str, patience: float, read: Callable[[], T]) -> T:
-    until, pause = time.monotonic() + patience, FIRST_PAUSE
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            _opened.cache_clear()  # what is open may be of a server that is gone
-            if time.monotonic() + pause > until:
-                missing = isinstance(error, FileNotFoundError)
-                what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
-                raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    try:
+        return files.waiting(patience, read, _close)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
+        raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
+
+
+def _close() -> None:
+    """What is open may be of a server that is gone."""
+    _opened.cache_clear()
+    _hdf5.cache_clear()
 
 
 def _scatter(

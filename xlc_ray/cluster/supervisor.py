@@ -46,7 +46,7 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
     Raises UserError for a mistake that a worker found or where no room comes up within `cluster.node_wait_s`, and what
     made a worker fail after `cluster.max_failures` restarts in a row that brought no new checkpoint.
     """
-    left, newest = config.cluster.max_failures, checkpoint.steps(config.out)[-1:]
+    left, newest = config.cluster.max_failures, _newest(config)
     while True:
         if generators is not None:
             ray.get(generators.rest.remote())  # language models take the room that workers leave, not theirs
@@ -61,8 +61,7 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
         except (TrainingFailedError, RayError) as error:
             if mistake := find_user_error(error):
                 raise UserError(str(mistake)) from None
-            reason = _reason(error, files.join(config.out, "stacks", attempt))
-            found = checkpoint.steps(config.out)[-1:]
+            reason, found = _reason(config, attempt, error), _newest(config)
             left, newest = (config.cluster.max_failures if found != newest else left), found
             if not left or "Diverged" in str(error):
                 print(f"train: {reason}; what is complete is in {config.out}", flush=True)
@@ -71,8 +70,13 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
             print(f"train: {reason}; {_onward(config)} ({left} restarts left)", flush=True)
 
 
+def _newest(config: Config) -> list[int]:
+    """The step of the newest checkpoint, if there is any, once the file system tells."""
+    return files.waiting(config.cluster.read_retry_s, lambda: checkpoint.steps(config.out)[-1:])
+
+
 def _onward(config: Config) -> str:
-    found = checkpoint.steps(config.out)
+    found = _newest(config)
     return f"going on from step {found[-1]:,}" if found else "starting again"
 
 
@@ -140,9 +144,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _reason(error: Exception, stacks: str) -> str:
+def _reason(config: Config, attempt: str, error: Exception) -> str:
     """Why workers failed: that they hung, and where, or one line of the first's exception."""
-    if hung := watchdog.first_lines(stacks):
+    stacks = files.join(config.out, "stacks", attempt)
+    if hung := files.waiting(config.cluster.read_retry_s, lambda: watchdog.first_lines(stacks)):
         return f"no step for cluster.hang_timeout_s: {'; '.join(hung)}; all stacks in {stacks}"
     failures = list(getattr(error, "worker_failures", {}).values())
     lines = str(failures[0] if failures else error).strip().splitlines()

@@ -61,7 +61,8 @@ def train(config: Config) -> dict[str, Any]:
             data.verify()
         with driving(config.out), live.generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
             supervise(config, _worker, generators)
-    return {**logs.read(config.out)[-1], "out": config.out}
+    lines = files.waiting(config.cluster.read_retry_s, lambda: logs.read(config.out))
+    return {**lines[-1], "out": config.out}
 
 
 def open_or_make(config: Config) -> Store:
@@ -174,7 +175,13 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        m = logs.last(self.config.out)
+        try:
+            m = logs.last(self.config.out)
+        except (
+            UserError,
+            *files.failures(),
+        ):  # the next look may tell
+            return
         if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
