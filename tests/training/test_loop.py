@@ -129,7 +129,8 @@ def test_directory_of_another_run_is_refused(small_run):
     train_alone(small_run())
     with pytest.raises(UserError, match=r"other settings \(train.lr: 0.01, now 0.02\)"):
         train_alone(small_run({"train.lr": 0.02}))
-    assert train_alone(small_run({"train.log_every": 3, "train.keep": 1}))["step"] == 12
+    free = {"train.log_every": 3, "train.keep": 1, "source.verify": False, "source.make_if_missing": True}
+    assert train_alone(small_run(free))["step"] == 12
 
 
 def test_run_directory_that_cannot_be_made_is_one_line(small_run, tmp_path):
