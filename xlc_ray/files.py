@@ -1,7 +1,7 @@
 """Files at a local path or at any URL that fsspec knows: the same few verbs for both.
 
-What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError. A
-local file system that fails raises OSError; who can wait for it calls by way of `waiting`.
+What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError. Where
+a local file system fails there is an OSError; who can wait calls by way of `waiting`.
 """
 
 from __future__ import annotations
@@ -103,8 +103,7 @@ def again(path: str, call: Callable[[], T]) -> T:
 
 
 def waiting(patience: float, call: Callable[[], T], failed: Callable[[], object] = lambda: None) -> T:
-    """`call()`; tried again, with growing pauses, while it raises OSError, each time after `failed()`, for `patience`
-    seconds. Then the OSError goes on to the caller."""
+    """`call()`; after an OSError `failed()`, a pause, and again, for so many seconds before the OSError is raised."""
     until, pause = time.monotonic() + patience, FIRST_PAUSE
     while True:
         try:
@@ -136,17 +135,13 @@ def said(error: BaseException) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or directory. Raises OSError where a local file system does not tell, and UserError where
-    this user must not know."""
-    if is_url(path):
-        return size(path) is not None
+    """Whether there is a file or directory. Raises UserError where this user must not know."""
     try:
-        os.stat(local(path))
+        return size(path) is not None if is_url(path) else bool(os.stat(local(path)))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except PermissionError as error:
         raise UserError(f"{path}: cannot be looked for: {error.strerror}") from None
-    return True
 
 
 def size(path: str) -> int | None:
@@ -155,9 +150,8 @@ def size(path: str) -> int | None:
 
     def ask() -> int:
         fs.invalidate_cache()
-        if fs.protocol == ("http", "https") and not fs.exists(
-            inner, strict=True
-        ):  # to its `info`, all failures are 404
+        plain = fs.protocol == ("http", "https")  # to its `info`, all failures are 404
+        if plain and not fs.exists(inner, strict=True):
             raise FileNotFoundError(path)
         return fs.info(inner)["size"] or 0
 
