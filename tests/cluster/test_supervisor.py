@@ -6,6 +6,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+from ray import cloudpickle
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from tests.runs import settings_in
@@ -63,3 +64,13 @@ def test_a_file_system_that_stays_away_is_what_the_job_ends_with(run, monkeypatc
     monkeypatch.setattr(files, "listdir", fail)
     with pytest.raises(OSError, match="Input/output error"):
         run({"cluster.read_retry_s": 0.2}, [ends])
+
+
+@pytest.mark.parametrize("out", ["{tmp}/run", "memory://supervised/run"])
+def test_ray_train_keeps_its_state_at_any_url(tmp_path, out):
+    config = settings_in(tmp_path, {"out": out.format(tmp=tmp_path)})
+    trainer = supervisor._trainer(config, lambda settings: None, Place(Layout(1, 1), ("n",)), "1", None)
+    there = cloudpickle.loads(cloudpickle.dumps(trainer.run_config)).storage_context  # as its actors have it
+    with there.storage_filesystem.open_output_stream(f"{there.experiment_fs_path}/state") as file:
+        file.write(b"state")
+    assert files.read_bytes(f"{config.out}/ray_train/run/state") == b"state"
