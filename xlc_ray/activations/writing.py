@@ -233,6 +233,16 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
+def names(manifest: Manifest) -> list[str]:
+    """What may stand in the directory of a complete store, ours or crosslayer-coding's; chunk files do. What says that
+    it is complete comes last: manifest.json, where it has one."""
+    found = [chunk.file for chunk in manifest.chunks]
+    for chunk in manifest.chunks:
+        found += [_text_file("", chunk.index), _moments_file("", chunk.index), _record_file("", chunk.index)]
+    found += ["text/plan.json", "identity.json", "statistics.json", "metadata.json", "norm_stats.json"]
+    return [*(name.lstrip("/") for name in found), "index.bin", "manifest.json"]
+
+
 def merged_moments(path: str, chunks: Sequence[ChunkRecord]) -> dict[str, Moments]:
     """Moments of each site over chunks."""
     total: dict[str, Moments] = {}
