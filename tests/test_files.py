@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -53,3 +54,44 @@ def test_place_that_is_no_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         files.write_bytes(str(tmp_path / "file" / "note"), b"x")
+
+
+def refusing(monkeypatch, number: int, path: str, times: int = 10**9) -> list[int]:
+    """Make the system fail so often to tell of `path`, with this number of error; a list of those that are left."""
+    left, stat = [times], os.stat
+
+    def fail(asked, *args, **kwargs):
+        if str(asked) == path and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return stat(asked, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", fail)
+    return left
+
+
+def test_what_a_file_system_does_not_tell_is_not_taken_for_nothing(tmp_path, monkeypatch):
+    path = str(tmp_path / "there")
+    files.write_bytes(path, b"")
+    assert files.exists(path)
+    assert not files.exists(path + "/beyond")
+    assert not files.exists(str(tmp_path / "nowhere/there"))
+    with monkeypatch.context() as patch:
+        refusing(patch, errno.EIO, path)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.exists(path)
+    with monkeypatch.context() as patch:
+        refusing(patch, errno.EACCES, path)
+        with pytest.raises(UserError, match="there: cannot be looked for: Permission denied"):
+            files.exists(path)
+
+
+def test_who_waits_is_answered_when_the_file_system_is_back(tmp_path, monkeypatch):
+    path, failed = str(tmp_path / "there"), []
+    files.write_bytes(path, b"")
+    left = refusing(monkeypatch, errno.ESTALE, path, times=2)
+    assert files.waiting(30.0, lambda: files.exists(path), lambda: failed.append(left[0]))
+    assert failed == [1, 0]
+    refusing(monkeypatch, errno.ESTALE, path)
+    with pytest.raises(OSError, match="Stale"):
+        files.waiting(0.2, lambda: files.exists(path))

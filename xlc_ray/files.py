@@ -1,6 +1,7 @@
 """Files at a local path or at any URL that fsspec knows: the same few verbs for both.
 
-What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError.
+What fails on the way to a URL and may pass is tried again with growing delays (`again`), and ends in a UserError. Where
+a local file system fails there is an OSError; who can wait calls by way of `waiting`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, 
 MENDABLE = (errno.ENOSPC, errno.EDQUOT, *_PLACES)
 """What a user can mend when a file cannot be written: a full disk, a place that must not be written or is none."""
 COPIED_AT_ONCE = 2**24
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between calls of a local file system that fails
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs")
 _LIBRARIES = {
     "aiohttp": "ClientError",
@@ -100,6 +102,20 @@ def again(path: str, call: Callable[[], T]) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+def waiting(patience: float, call: Callable[[], T], failed: Callable[[], object] = lambda: None) -> T:
+    """`call()`; after an OSError `failed()`, a pause, and again, for so many seconds before the OSError is raised."""
+    until, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except OSError:
+            failed()
+            if time.monotonic() + pause > until:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
 def failures() -> tuple[type[BaseException], ...]:
     """Exceptions by which file systems report that something failed on the way."""
     loaded = [(sys.modules.get(module), name) for module, name in _LIBRARIES.items()]
@@ -119,8 +135,13 @@ def said(error: BaseException) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or directory."""
-    return size(path) is not None if is_url(path) else os.path.exists(local(path))
+    """Whether there is a file or directory. Raises UserError where this user must not know."""
+    try:
+        return size(path) is not None if is_url(path) else bool(os.stat(local(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be looked for: {error.strerror}") from None
 
 
 def size(path: str) -> int | None:
@@ -129,9 +150,8 @@ def size(path: str) -> int | None:
 
     def ask() -> int:
         fs.invalidate_cache()
-        if fs.protocol == ("http", "https") and not fs.exists(
-            inner, strict=True
-        ):  # to its `info`, all failures are 404
+        plain = fs.protocol == ("http", "https")  # to its `info`, all failures are 404
+        if plain and not fs.exists(inner, strict=True):
             raise FileNotFoundError(path)
         return fs.info(inner)["size"] or 0
 

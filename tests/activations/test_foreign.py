@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlc_ray.activations import store
+from xlc_ray.activations import reading, store
 from xlc_ray.config import UserError
 
 ROWS = [40, 40, 9]
@@ -67,6 +67,27 @@ def test_every_variant_is_read(tmp_path, dtype, compression, ending, legacy):
     statistics = data.statistics()["mlp_out.10"]
     assert (statistics.count, statistics.mean.tolist(), statistics.mean_norm) == (89, [0.5] * WIDTH, None)
     assert data.windows(0) is None
+
+
+def test_what_lies_in_one_piece_is_read_by_offsets_but_not_through_a_link(tmp_path, monkeypatch):
+    values = write(tmp_path)
+    with h5py.File(tmp_path / "chunk_0.hdf5", "r") as file, h5py.File(tmp_path / "other.h5", "w") as other:
+        other.create_dataset("first", data=np.zeros((40, WIDTH), np.uint16))
+        file.copy("layer_10/targets", other, "targets")
+    with h5py.File(tmp_path / "chunk_0.hdf5", "a") as file:
+        del file["layer_10/targets"]
+        file["layer_10/targets"] = h5py.ExternalLink("other.h5", "targets")
+    by_h5py, read = [], reading._scatter_hdf5
+
+    def watched(dataset, *args):
+        by_h5py.append(dataset.name)
+        read(dataset, *args)
+
+    monkeypatch.setattr(reading, "_scatter_hdf5", watched)
+    found = store.open_store(str(tmp_path)).read(0, 0, 40, SITES)
+    for number, site in enumerate(SITES):
+        assert np.array_equal(found[site], values[:40, :, number // 2, number % 2])
+    assert by_h5py == ["/targets"]
 
 
 def edit(path, change):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import threading
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from tests.activations import test_foreign as foreign
 from tests.activations.build import make
 from xlc_ray.activations import reading
+from xlc_ray.activations.store import open_store
 from xlc_ray.config import UserError
 
 
@@ -32,6 +36,22 @@ def test_reads_end_in_one_line_where_it_does_not(tmp_path, patience, said):
     (tmp_path / "chunk_0.hdf5").unlink()
     with pytest.raises(UserError, match=rf"chunk_0\.hdf5: the chunk is {said}"):
         opened.read(0, 0, 5, ["mlp_in.0"])
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_datasets_of_other_programs_are_waited_for_too(tmp_path, compression):
+    values = foreign.write(tmp_path, compression=compression)
+    opened = dataclasses.replace(open_store(str(tmp_path)), patience=30.0)
+
+    def read(row: int) -> np.ndarray:
+        return opened.read(0, row, row + 4, ["mlp_out.10"])["mlp_out.10"]
+
+    read(0)
+    for fd in Path("/proc/self/fd").iterdir():  # from here on the system refuses to read what is open
+        if fd.exists() and fd.resolve() == tmp_path / "chunk_0.hdf5":
+            with open(os.devnull, "wb") as refusing:
+                os.dup2(refusing.fileno(), int(fd.name))
+    assert np.array_equal(read(30), values[30:34, :, 1, 1])
 
 
 def test_a_read_that_the_system_refuses_is_named_and_a_damaged_file_is_not_waited_for(tmp_path, monkeypatch):

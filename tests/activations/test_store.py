@@ -274,8 +274,11 @@ def test_damage_that_shows_is_found_on_reading(tmp_path, how, match):
 def test_altered_bytes_are_found_by_verify(tmp_path):
     data = make(tmp_path, ROWS)
     damage(tmp_path / "chunk_2.hdf5", "altered")
-    with pytest.raises(UserError, match=r"chunk_2\.hdf5: altered"):
+    with pytest.raises(UserError, match=r"chunk_2\.hdf5: altered: .* remove this file and run what made the store"):
         data.verify()
+    assert store.missing_chunks(data.path, len(ROWS)) == [], "by its size it is complete"
+    damage(tmp_path / "chunk_2.hdf5", "missing")
+    assert store.missing_chunks(data.path, len(ROWS)) == [2]
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "altered"])

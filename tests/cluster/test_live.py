@@ -187,6 +187,25 @@ def test_a_killed_worker_goes_on_at_the_right_text(reference, prepared):
     assert not language_models()
 
 
+@pytest.mark.slow
+def test_the_actor_that_holds_the_chunks_is_killed_and_training_goes_on(reference, prepared, capfd):
+    config = prepared.override({"cluster.replicas": 2, "cluster.hang_timeout_s": 3600})
+    killed = []
+
+    def kill():
+        while len(checkpoint.steps(config.out)) < 2:  # past the chunks that are held at the beginning
+            time.sleep(0.02)
+        killed.append(alive("Generators")[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    train(config)
+    killer.join()
+    assert_same(config, reference)
+    assert "the actor that held the chunks of live training died" in capfd.readouterr().out
+
+
 def test_what_a_language_model_cannot_do_reaches_the_user(prepared):
     path = Path(prepared.source.path, "text/chunk_9.npz")
     path.unlink()

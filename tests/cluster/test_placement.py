@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import settings_in
-from xlc_ray.cluster.placement import Layout, Node, Place, best, capacity, groups_apart, layouts, place, with_own
+from xlc_ray.cluster import supervisor
+from xlc_ray.cluster.placement import (
+    Layout,
+    Node,
+    Place,
+    best,
+    capacity,
+    groups_apart,
+    layouts,
+    least_models,
+    place,
+    with_own,
+)
 from xlc_ray.config import UserError
 
 
@@ -84,6 +96,35 @@ def test_the_first_layout_with_room_is_taken_and_a_larger_one_is_seen_when_nodes
     assert best(elastic, with_own(nodes(0, 0, 2), held, elastic.cluster)) == Place(
         Layout(2, 3), ("n0", "n0", "n1", "n1", "n2", "n2")
     )
+
+
+LIVE = {"kind": "live", "path": "/nowhere/live"}
+
+
+def test_live_training_leaves_a_node_room_for_a_language_model(monkeypatch):
+    live = config(replicas=2, min_replicas=1, cpus_per_model=1).override({"source": LIVE})
+    assert (least_models(live), least_models(config())) == (1, 0)
+    assert best(live, nodes(2, 2), 1).layout == Layout(1, 2)
+    assert best(live, nodes(2), 0).layout == Layout(1, 2)
+    # Of two nodes one is lost.
+    assert best(live, nodes(2), 1) == Place(Layout(1, 1), ("n0",))
+    assert best(live, nodes(1), 1) is None
+    assert best(live.override({"cluster.cpus_per_model": 2}), nodes(1.5, 1.5), 1) is None, "on one node"
+    on_gpus = live.override({"cluster.gpus_per_worker": 1, "cluster.gpus_per_model": 1})
+    assert best(on_gpus, nodes(8, gpus=2), 1).layout == Layout(1, 1)
+    monkeypatch.setattr(supervisor, "nodes_now", lambda free: nodes(2))
+    monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0.0)
+    assert supervisor._room(live).layout == Layout(1, 1)
+
+
+def test_a_run_grows_into_the_last_room_beside_the_language_models_that_it_has():
+    live = config(replicas=2, min_replicas=1, cpus_per_model=1).override({"source": LIVE})
+    worker, model = Counter({"n0": 1}), Counter({"n0": 1})
+    for back, layout in ((0, Layout(1, 1)), (1, Layout(1, 2))):
+        free = with_own(nodes(0, back), worker, live.cluster, model)
+        assert best(live, free, 1).layout == layout
+        # The next group finds no less, once the models rest: else it would stop, smaller, for ever.
+        assert free == nodes(2, back)
 
 
 def test_impossible_bounds_are_one_line():

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.activations import test_foreign as foreign
 from tests.activations.build import SITES, make
 from xlc_ray.activations.store import open_store
-from xlc_ray.cluster.shuffle import shuffle
+from xlc_ray.cluster.shuffle import _copy_held_out, shuffle
 from xlc_ray.config import UserError
+from xlc_ray.serving.places import Terms
+from xlc_ray.serving.server import running
 
 pytestmark = pytest.mark.cluster
 
@@ -47,6 +50,34 @@ def test_workers_and_interruptions_change_nothing(cluster, old, tmp_path):
     assert contents(tmp_path / "three") == whole
     assert (tmp_path / "three/chunk_2.hdf5").stat().st_mtime_ns == kept
     open_store(str(tmp_path / "three")).verify()
+
+
+@pytest.mark.parametrize("kind", ["ours", "crosslayer_coding"])
+@pytest.mark.parametrize("served", [False, True])
+def test_the_held_out_part_is_copied_whole_from_directories_and_servers(tmp_path, kind, served):
+    held_out = tmp_path / "root/old/held_out"
+    if kind == "ours":
+        make(held_out, [9, 4])
+    else:
+        held_out.mkdir(parents=True)
+        foreign.write(held_out)
+        foreign.edit(held_out / "metadata.json", lambda known: known.update(dtype="bfloat16"))
+    with running(str(tmp_path / "root"), None, Terms(1 << 26, 1 << 24, 1 << 18), "127.0.0.1", 0) as url:
+        old = f"xlc+{url}/old" if served else str(held_out.parent)
+        _copy_held_out(old, str(tmp_path / "new"))
+        _copy_held_out(f"{old}/held_out", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    new = tmp_path / "new/held_out"
+    here, there = ({f.relative_to(d): f.read_bytes() for d in (d,) for f in d.rglob("*") if f.is_file()}
+                   for d in (held_out, new))  # fmt: skip
+    assert there == here
+    open_store(str(new)).verify()
+    (new / "chunk_0.hdf5").unlink()
+    _copy_held_out(str(held_out.parent), str(tmp_path / "new"))
+    assert not (new / "chunk_0.hdf5").exists(), "complete, it is left alone"
+    (held_out / "chunk_1.hdf5").unlink()
+    with pytest.raises(UserError, match=r"held_out/chunk_1\.hdf5: the chunk is missing"):
+        _copy_held_out(str(held_out.parent), str(tmp_path / "other"))
 
 
 def test_mistakes_are_named(cluster, old, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,7 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.runs import Interrupted, final_state, interrupt_at
+from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.training import Diverged, logs, train_alone
@@ -60,6 +63,25 @@ def test_metrics_of_repeated_steps_count_once(small_run):
     assert len(written) > 12  # appended, never rewritten
 
 
+@pytest.mark.parametrize("where", ["{tmp}/cut", "memory://cut"])
+def test_a_line_of_metrics_that_was_cut_costs_no_other(small_run, tmp_path, where):
+    """As a disk leaves it that is full in the middle of an append."""
+    config = small_run({"train.log_every": 1, "out": where.format(tmp=tmp_path)})
+    with pytest.raises(Interrupted):
+        train_alone(config, interrupt_at(7))
+    path = files.join(config.out, "metrics.jsonl")
+    files.write_bytes(path, files.read_bytes(path)[:-40])
+    assert [line["step"] for line in logs.read(config.out)] == list(range(1, 7))
+    assert logs.last(config.out)["step"] == 6
+    train_alone(config)
+    assert [line["step"] for line in logs.read(config.out)] == list(range(1, 13))
+    assert logs.last(config.out)["step"] == 12
+    steps = [line["step"] for line in map(json.loads, files.read_bytes(path).splitlines()[7:])]
+    assert steps == list(range(5, 13)), "from the checkpoint of step 4 on, each in a line of its own"
+    files.append(path, "\0\n")
+    assert logs.last(config.out)["step"] == 12
+
+
 def test_more_than_one_epoch_and_tokens_counted(small_run):
     """12 batches of 40 rows from a store of 203: training is not capped at an epoch (pitfall 11)."""
     last = train_alone(small_run())
@@ -86,11 +108,29 @@ def test_half_written_checkpoint_is_passed_over(small_run, tmp_path):
     assert checkpoint.steps(config.out) == [8, 12]
 
 
+def test_a_run_whose_checkpoints_cannot_be_seen_loses_nothing(small_run, monkeypatch):
+    config = small_run()
+    train_alone(config)
+    metrics = Path(config.out, "metrics.jsonl").read_bytes()
+    stat = os.stat
+
+    def fail(path, *args, **kwargs):
+        if str(path).endswith(checkpoint.MARKER):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train_alone(config)
+    assert Path(config.out, "metrics.jsonl").read_bytes() == metrics
+
+
 def test_directory_of_another_run_is_refused(small_run):
     train_alone(small_run())
     with pytest.raises(UserError, match=r"other settings \(train.lr: 0.01, now 0.02\)"):
         train_alone(small_run({"train.lr": 0.02}))
-    assert train_alone(small_run({"train.log_every": 3, "train.keep": 1}))["step"] == 12
+    free = {"train.log_every": 3, "train.keep": 1, "source.verify": False, "source.make_if_missing": True}
+    assert train_alone(small_run(free))["step"] == 12
 
 
 def test_run_directory_that_cannot_be_made_is_one_line(small_run, tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from xlc_ray import files
-from xlc_ray.activations.manifest import ChunkRecord, Manifest, Read, Span
+from xlc_ray.activations.manifest import MEND, ChunkRecord, Manifest, Read, Span
 from xlc_ray.config import UserError
 
 DTYPE = "bfloat16_zstd"
@@ -85,7 +85,7 @@ def fill(
                 _unpack(codec, starts, run, next(found), rows)
             except (OSError, ValueError) as error:
                 where = files.join(path, record.file)
-                raise UserError(f"{where}: altered: {site} cannot be unpacked ({error}); generate it again") from None
+                raise UserError(f"{where}: altered: {site} cannot be unpacked ({error}); {MEND}") from None
             first, last = np.searchsorted(row[part], [run.start * ROWS, run.stop * ROWS])
             here = slice(part.start + first, part.start + last)
             out[site][to[here]] = rows[row[here] - run.start * ROWS]
@@ -105,7 +105,7 @@ def _table(record: ChunkRecord, site: str) -> Span:
 def _span(path: str, record: ChunkRecord, site: str, starts: np.ndarray, run: range) -> Span:
     base, start, stop = record.offsets[site], int(starts[run.start]), int(starts[run.stop])
     if base is None or not 0 <= start <= stop <= record.bytes - base:
-        raise UserError(f"{files.join(path, record.file)}: altered: blocks of {site} lie outside; generate it again")
+        raise UserError(f"{files.join(path, record.file)}: altered: blocks of {site} lie outside; {MEND}")
     return Span(record, base + start, base + stop)
 
 

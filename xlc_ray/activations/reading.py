@@ -1,14 +1,14 @@
 """Rows of chunk files on this machine's file systems, read by offsets straight to where they go.
 
-Rows that lie together are read together. The system is told of all that is wanted before the first of it is read, so
-that the disk works while bytes are copied. Files are read, not mapped: a file system that fails is an error that can be
+Datasets that lie in one piece are read so, whoever wrote them, others by h5py. Rows that lie together are read
+together. The system is told of all that is wanted before the first of it is read, so that the disk works while bytes
+are copied. Files are read, not mapped: a file system that fails is an error that can be
 waited for, and a file that was cut an error, where a map would end the process.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,17 +18,18 @@ from typing import BinaryIO, TypeVar
 import h5py
 import numpy as np
 
+from xlc_ray import files
 from xlc_ray.activations.chunkfile import check_dataset, on_disk, open_hdf5, place
-from xlc_ray.activations.manifest import ChunkRecord, Span
+from xlc_ray.activations.manifest import MEND, ChunkRecord, Span
 from xlc_ray.config import UserError
 
 T = TypeVar("T")
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between reads that fail
 _OPEN_FILES = 64  # a store may have thousands of chunks
 _GAP_BYTES = 4096  # between rows that are read together: about what a call of the system costs
 _TOGETHER = 1 << 18  # bytes read together at most: what is sorted from there stays in a core's cache
-_CHECKED: dict[str, tuple[int, int, int]] = {}
+_CHECKED: dict[str, tuple[tuple[int, int, int], dict[str, int | None]]] = {}
+"""By path: which file it was, and where each site's array begins in it; None where it is chunked or compressed."""
 
 
 def scatter(
@@ -61,18 +62,18 @@ def span(path: str, span: Span, patience: float = 0.0) -> np.ndarray:
 
 
 def _patiently(path: str, patience: float, read: Callable[[], T]) -> T:
-    until, pause = time.monotonic() + patience, FIRST_PAUSE
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            _opened.cache_clear()  # what is open may be of a server that is gone
-            if time.monotonic() + pause > until:
-                missing = isinstance(error, FileNotFoundError)
-                what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
-                raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    try:
+        return files.waiting(patience, read, _close)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
+        raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
+
+
+def _close() -> None:
+    """What is open may be of a server that is gone."""
+    _opened.cache_clear()
+    _hdf5.cache_clear()
 
 
 def _scatter(
@@ -85,12 +86,13 @@ def _scatter(
     out: Mapping[str, np.ndarray],
 ) -> None:
     identity = _identity(path, record.bytes)
-    if _CHECKED.get(path) != identity:
-        _check_file(path, record, widths, dtype)
-        _CHECKED[path] = identity
+    known, offsets = _CHECKED.get(path, (None, {}))
+    if known != identity:
+        offsets = _check_file(path, record, widths, dtype)
+        _CHECKED[path] = identity, offsets
     plain = {}
     for site, values in out.items():
-        if (offset := record.offsets[site]) is None:
+        if (offset := offsets[site]) is None:
             dataset = check_dataset(_hdf5(path, identity), path, site, (record.rows, widths[site]), dtype)
             _scatter_hdf5(dataset, rows, to, values)
         else:
@@ -164,15 +166,18 @@ def _read_into(file: BinaryIO, path: str, values: np.ndarray, start: int) -> Non
         raw, start = raw[count:], start + count
 
 
-def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype: str) -> None:
-    """Once a file and process: rows are read by offsets, where another file of the same size would give any numbers."""
+def _check_file(path: str, record: ChunkRecord, widths: Mapping[str, int], dtype: str) -> dict[str, int | None]:
+    """Once a file and process: where each array begins, which other programs' manifests do not say. Rows are read by
+    offsets, where another file of the same size would give any numbers."""
+    found = {}
     with open_hdf5(path) as file:
         for site, offset in record.offsets.items():
             dataset = check_dataset(file, path, site, (record.rows, widths[site]), dtype)
-            if offset is not None and dataset.id.get_offset() != offset:
-                raise UserError(
-                    f"{path}: {place(site, dtype)} is not where the manifest says; generate this chunk again"
-                )
+            here = dataset.file.filename == file.filename  # not by a link into another
+            found[site] = dataset.id.get_offset() if here else None
+            if offset not in (None, found[site]):
+                raise UserError(f"{path}: {place(site, dtype)} is not where the manifest says; {MEND}")
+    return found
 
 
 def _identity(path: str, expected: int) -> tuple[int, int, int]:
@@ -202,6 +207,8 @@ def _scatter_hdf5(dataset: h5py.Dataset, rows: np.ndarray, to: np.ndarray, value
         try:
             data = dataset[first * step : (first + 1) * step]
         except OSError as error:
+            if error.errno:  # of the system: it may pass
+                raise
             raise UserError(
                 f"{dataset.file.filename}: {dataset.name} cannot be read: {str(error).splitlines()[0]}"
             ) from None

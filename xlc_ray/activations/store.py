@@ -1,6 +1,6 @@
 """The activation store: a directory or URL of chunk files, opened for reading. (Writing: writing.py, named here too.)
 
-Local files are read by the manifest's offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
+Local files are read by offsets (reading.py), compressed ones by h5py slices, URLs by byte ranges
 (ranges.py), servers of ours and of crosslayer-coding by slices of rows (http.py). Arrays keep the stored type (bfloat16
 as uint16 bits) until `decode`. As soon as they are read bfloat16_zstd (lossless.py) is bfloat16 and int8 (compact.py)
 float32, or rows that are still to be unpacked (packed.py).
@@ -19,15 +19,17 @@ from xlc_ray import files
 from xlc_ray.activations import chunkfile, compact, foreign, http, lossless, ranges, reading
 from xlc_ray.activations.cache import DiskCache
 from xlc_ray.activations.chunkfile import decode, encode, stored_dtype, torch_dtype
-from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics, Span
+from xlc_ray.activations.manifest import FORMAT_VERSION, MEND, ChunkRecord, Manifest, SiteStatistics, Span
 from xlc_ray.activations.packed import PackedRows
 from xlc_ray.activations.windows import ChunkText
 from xlc_ray.activations.writing import (
     begin,
+    compare,
     fingerprint,
     finish,
     identity,
     missing_chunks,
+    names,
     read_plan,
     read_text,
     write_chunk,
@@ -45,6 +47,7 @@ __all__ = [
     "SiteStatistics",
     "Store",
     "begin",
+    "compare",
     "decode",
     "encode",
     "fingerprint",
@@ -53,6 +56,7 @@ __all__ = [
     "identity",
     "is_there",
     "missing_chunks",
+    "names",
     "open_source",
     "open_store",
     "read_plan",
@@ -254,7 +258,7 @@ class Store:
         if record.checksum is None:
             self._verify_unsigned(files.local(path), record)
         elif chunkfile.checksum(path) != record.checksum:
-            raise UserError(f"{path}: altered: its checksum is not the manifest's; generate this chunk again")
+            raise UserError(f"{path}: altered: its checksum is not the manifest's; {MEND}")
 
     def _verify_unsigned(self, path: str, record: ChunkRecord) -> None:
         with chunkfile.open_hdf5(path) as file:

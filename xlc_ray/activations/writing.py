@@ -60,16 +60,24 @@ def begin(path: str, identity: Mapping[str, Any]) -> None:
     """Claim a directory for this content. Raises UserError where it holds, or was begun with, another."""
     name = files.join(path, "identity.json")
     if files.exists(name):
-        there, asked = _flat(files.read_mapping(name)), _flat(identity)
-        for key in sorted(there.keys() | asked.keys()):
-            if there.get(key) != asked.get(key):
-                was, now = there.get(key), asked.get(key)
-                raise UserError(f"{path}: was made with {key} = {was!r}, not {now!r}; choose another path or remove it")
+        compare(path, files.read_mapping(name), identity)
         return
     if any(files.exists(files.join(path, other)) for other in ("manifest.json", "index.bin")):
         raise UserError(f"{path}: holds activations of another origin; choose another path")
     files.makedirs(path)
     files.write_json(name, dict(identity))
+
+
+def compare(path: str, made: Mapping[str, Any], asked: Mapping[str, Any], parts: tuple[str, ...] = ("",)) -> None:
+    """Raises UserError where the identity with which `path` was made differs from another, in settings whose names
+    begin with one of `parts`: of all differences the first is named."""
+    before, now = _flat(made), _flat(asked)
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith(parts) and before.get(key) != now.get(key):
+            raise UserError(
+                f"{path}: was made with {key} = {before.get(key)!r}, not {now.get(key)!r}; choose another path or "
+                "remove it"
+            )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -223,6 +231,16 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
             files.remove(files.join(path, name))
     files.write_bytes(files.join(path, "manifest.json"), manifest.model_dump_json().encode())
     return manifest
+
+
+def names(manifest: Manifest) -> list[str]:
+    """What may stand in the directory of a complete store, ours or crosslayer-coding's; chunk files do. What says that
+    it is complete comes last: manifest.json, where it has one."""
+    found = [chunk.file for chunk in manifest.chunks]
+    for chunk in manifest.chunks:
+        found += [_text_file("", chunk.index), _moments_file("", chunk.index), _record_file("", chunk.index)]
+    found += ["text/plan.json", "identity.json", "statistics.json", "metadata.json", "norm_stats.json"]
+    return [*(name.lstrip("/") for name in found), "index.bin", "manifest.json"]
 
 
 def merged_moments(path: str, chunks: Sequence[ChunkRecord]) -> dict[str, Moments]:

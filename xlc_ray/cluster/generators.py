@@ -3,7 +3,8 @@
 Which windows of the stream need which chunks is known beforehand (order.py). A chunk is begun when it is the next to be
 needed and fewer than `source.held_chunks` are held; it is let go when all replicas are past its last window. So the
 object store holds that many at most, however slow training is; and a model that is killed, or training that starts
-again, costs chunks that are made once more, and changes none.
+again, costs chunks that are made once more, and changes none. Where this actor itself dies, the worker group fails at
+its next request and begins again from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,11 +92,14 @@ class Generators:
         self._forget("")
         self._models.release()
 
-    async def chunks(self, asker: Asker, window: int, chunks: Sequence[int]) -> list[ray.ObjectRef]:
+    async def chunks(self, asker: Asker, window: int, chunks: Sequence[int], first: bool) -> list[ray.ObjectRef]:
         """Of each of the chunks that a window wants: the reference to {site: [rows, width]}, once all are made.
 
-        Says that the replica is past the windows before. Raises what making a chunk raised."""
+        Says that the replica is past the windows before; `first`: that it asks for the first time. Raises what making a
+        chunk raised, and RuntimeError where another of these was asked before, which died."""
         if asker.attempt > self._attempt:
+            if not first:  # how far the others are, who may be waiting for this one, is not known any more
+                raise RuntimeError("the actor that held the chunks of live training died")
             self._forget(asker.attempt)
             self._replicas, self._coming = asker.replicas, self._order.needs(asker.begin, self._stop)
         if self._failure:
@@ -115,6 +120,10 @@ class Generators:
     async def facts(self) -> dict[str, int]:
         """Chunks `made`, `read` (they were stored) and `written`, `most_held` at once, `most_models` at once."""
         return self._facts | {"most_models": self._models.most}
+
+    async def models(self) -> Counter[str]:
+        """Language models by the id of their node."""
+        return self._models.by_node()
 
     async def close(self) -> dict[str, int]:
         """The facts, once everything is written; language models are given back. Raises what writing raised."""

@@ -26,10 +26,17 @@ from xlc_ray.config.sources import LiveSource
 from xlc_ray.progress import size
 from xlc_ray.training.loop import order_for
 
+MAKING = ("model.", "base_model.", "dtype", "bytes.model.", "bytes.base_model.")
+"""Beginnings of what decides, in a store's identity, the activations of text that is there."""
+
 
 def check(config: Config, data: LiveStore) -> None:
-    """Raises UserError where fewer chunks may be held than one window and its neighbours mix."""
+    """Raises UserError where the directory's sample was made by another model, or as another type, than the chunks to
+    come would be; or where fewer chunks may be held than one window and its neighbours mix."""
+    from xlc_ray.cluster.plan import identities  # with its language-model libraries, which workers do not need
+
     assert isinstance(config.source, LiveSource)
+    store.compare(data.path, data.manifest.identity, identities(config, data.manifest.sites)[False], MAKING)
     need = order_for(config, data.chunk_rows).most_chunks()
     if need > config.source.held_chunks:
         raise UserError(
@@ -52,7 +59,6 @@ def generating(config: Config, data: store.Store, sites: Sequence[str]) -> Itera
         yield None
         return
     assert isinstance(config.source, LiveSource)
-    check(config, data)
     generators = start(config, sites)
     try:
         yield generators
@@ -103,12 +109,14 @@ def live_batches(
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         held: dict[tuple[int, int], Any] = {}
+        first = True
         for w, chunk, row in share.parts(order, windows):
             wanted = [(w // order.epoch_windows, c) for c in np.unique(chunk).tolist()]
             # What this window does not want may be let go from here on: nothing must refer to it.
             held = {key: held[key] for key in wanted if key in held}
             new = [key for key in wanted if key not in held]
-            refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new]))
+            refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new], first))
+            first = False
             held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
             yield _rows({c: values for (_, c), values in held.items()}, chunk, row, sites)
         held.clear()

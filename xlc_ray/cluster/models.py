@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +32,14 @@ class Harvesting:
 
         self._harvester = Harvester(config, list(sites), {False: config.source.path})
 
-    def load(self) -> None:
-        """Return when the model is loaded."""
+    def load(self) -> str:
+        """The id of this node, when the model is loaded."""
         self._harvester.load()
+        return ray.get_runtime_context().get_node_id()
 
-    def make(self, index: int) -> tuple[dict[str, Any], None]:
-        """A chunk of the training split, and nothing, which says that it is there without fetching it."""
-        return self._harvester.make(False, index), None
+    def make(self, index: int) -> tuple[dict[str, Any], str]:
+        """A chunk of the training split, and the id of this node, which says that it is there without fetching it."""
+        return self._harvester.make(False, index), ray.get_runtime_context().get_node_id()
 
 
 @dataclass(eq=False)
@@ -48,6 +49,8 @@ class Model:
     actor: Any
     place: Any
     """Where it is bound to: one of the places that are reserved; None: Ray chose."""
+    node: str = ""
+    """The id of the node where it was last heard of."""
     since: float = field(default_factory=time.monotonic)
     """When it became idle last."""
 
@@ -75,10 +78,14 @@ class Models:
         model = await turn
         values, there = model.actor.make.options(num_returns=2).remote(index)
         try:
-            await there
+            model.node = await there
         finally:
             self._free(model)
         return values
+
+    def by_node(self) -> Counter[str]:
+        """How many there are, by the id of their node."""
+        return Counter(model.node for model in self._all)
 
     def release(self) -> None:
         """End all models, and whatever they are asked for."""
@@ -136,7 +143,7 @@ class Models:
         self._all.append(model)
         self.most = max(self.most, len(self._all))
         try:
-            await model.actor.load.remote()
+            model.node = await model.actor.load.remote()
         except RayError as error:  # of its constructor or libraries, which no restart would mend
             for turn in self._waiting:
                 turn.set_exception(error)

@@ -6,6 +6,7 @@ what the nodes have; only `nodes_now` asks the cluster.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import ray
 from ray._private.state import available_resources_per_node  # Ray tells what is free by node nowhere else
 
 from xlc_ray.config import Cluster, Config
+from xlc_ray.config.sources import LiveSource
 
 FULL = 1e-9  # fractions of CPUs add up to a whole only nearly
 
@@ -62,12 +64,29 @@ def layouts(config: Config) -> list[Layout]:
     return [Layout(t, r) for t in ranks for r in replicas]
 
 
-def best(config: Config, nodes: Sequence[Node]) -> Place | None:
-    """The first layout that the nodes have room for; None where there is room for none."""
+def least_models(config: Config) -> int:
+    """Language models that a run cannot do without."""
+    return int(isinstance(config.source, LiveSource))
+
+
+def best(config: Config, nodes: Sequence[Node], models: int = 0) -> Place | None:
+    """The first layout that the nodes have room for, beside so many language models; None where there is room for
+    none."""
     for layout in layouts(config):
-        if found := place(layout, nodes, config.cluster):
+        found = place(layout, nodes, config.cluster)
+        if found and room_for_models(beside(found, nodes, config.cluster), config.cluster) >= models:
             return Place(layout, found)
     return None
+
+
+def beside(workers: Sequence[str], nodes: Sequence[Node], cluster: Cluster) -> list[Node]:
+    """What workers on these nodes leave of them."""
+    return with_own(nodes, {node: -count for node, count in Counter(workers).items()}, cluster)
+
+
+def room_for_models(nodes: Sequence[Node], cluster: Cluster) -> int:
+    """Language models that find room, each on one node."""
+    return sum(_times(node, cluster.cpus_per_model, cluster.gpus_per_model) for node in nodes)
 
 
 def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str, ...] | None:
@@ -96,18 +115,25 @@ def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str,
 
 def capacity(node: Node, cluster: Cluster) -> int:
     """Workers that find room on a node."""
-    found = int(node.cpus / cluster.cpus_per_worker + FULL)
-    return min(found, int(node.gpus / cluster.gpus_per_worker + FULL)) if cluster.gpus_per_worker else found
+    return _times(node, cluster.cpus_per_worker, cluster.gpus_per_worker)
 
 
-def with_own(nodes: Sequence[Node], own: Mapping[str, int], cluster: Cluster) -> list[Node]:
-    """Free nodes, with what a run's own workers hold ({node id: workers}) counted as free."""
+def _times(node: Node, cpus: float, gpus: float) -> int:
+    found = int(node.cpus / cpus + FULL)
+    return min(found, int(node.gpus / gpus + FULL)) if gpus else found
+
+
+def with_own(
+    nodes: Sequence[Node], own: Mapping[str, int], cluster: Cluster, models: Mapping[str, int] | None = None
+) -> list[Node]:
+    """Free nodes, with what a run's own workers and language models hold ({node id: how many}) counted as free."""
+    held = models or {}
     return [
         Node(
             n.id,
             n.address,
-            n.cpus + own.get(n.id, 0) * cluster.cpus_per_worker,
-            n.gpus + own.get(n.id, 0) * cluster.gpus_per_worker,
+            n.cpus + own.get(n.id, 0) * cluster.cpus_per_worker + held.get(n.id, 0) * cluster.cpus_per_model,
+            n.gpus + own.get(n.id, 0) * cluster.gpus_per_worker + held.get(n.id, 0) * cluster.gpus_per_model,
         )
         for n in nodes
     ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,18 @@ from xlc_ray import files
 from xlc_ray.activations.store import Store, stored_dtype
 from xlc_ray.cluster.data import PREFETCH, READERS
 from xlc_ray.cluster.live import chunk_bytes
-from xlc_ray.cluster.placement import FULL, Node, Place, best, capacity, layouts, nodes_now
+from xlc_ray.cluster.placement import (
+    FULL,
+    Node,
+    Place,
+    beside,
+    best,
+    capacity,
+    layouts,
+    least_models,
+    nodes_now,
+    room_for_models,
+)
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary import Wiring, checkpoint
@@ -56,7 +66,7 @@ def check(config: Config, data: Store, wiring: Wiring) -> None:
     nodes = nodes_now(free=False)
     problems = [*room(config, nodes), *disk(config, wiring)]
     stores = {n["NodeID"]: n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]}
-    place = best(config, nodes)
+    place = best(config, nodes, least_models(config)) or best(config, nodes)
     if place and isinstance(config.source, LiveSource):
         problems += [
             *model_room(config, place, nodes),
@@ -111,18 +121,14 @@ def object_stores(
 
 def model_room(config: Config, place: Place, nodes: Sequence[Node], models: int = 1) -> Iterator[str]:
     """A node for each of so many language models, beside the workers of live training."""
-    cluster, taken = config.cluster, Counter(place.nodes)
-    left = [
-        (n.cpus - taken[n.id] * cluster.cpus_per_worker, n.gpus - taken[n.id] * cluster.gpus_per_worker) for n in nodes
-    ]
-    each = cluster.cpus_per_model, cluster.gpus_per_model
-    found = sum(min(int(have / need + FULL) for have, need in zip(free, each, strict=True) if need) for free in left)
+    cluster, left = config.cluster, beside(place.nodes, nodes, config.cluster)
+    found = room_for_models(left, cluster)
     if found < models:
         yield (
             f"cluster.cpus_per_model: live training needs a node with {cluster.cpus_per_model:g} CPUs and "
             f"{cluster.gpus_per_model:g} GPUs for {'a' if models == 1 else f'each of {models}'} language "
             f"model{'s' * (models > 1)} beside the workers, which leave "
-            f"{', '.join(f'{c:g} and {g:g}' for c, g in left)}; lower it or the workers', or add nodes"
+            f"{', '.join(f'{n.cpus:g} and {n.gpus:g}' for n in left)}; lower it or the workers', or add nodes"
         )
 
 

@@ -104,11 +104,23 @@ def _task(write: Callable[..., None], how: Shuffle, source: Store, path: str, in
 
 
 def _copy_held_out(old: str, new: str) -> None:
-    """The held-out part of a store as it is, file by file, its manifest last."""
+    """The held-out part of a store as it is, file by file, by the names that its manifest implies: servers list no
+    directories. Raises UserError where a chunk is missing, or the server gives no files."""
     source, target = files.join(old, "held_out"), files.join(new, "held_out")
-    if not files.exists(source) or files.exists(files.join(target, "manifest.json")):
+    if not store.is_there(source):
         return
-    fs, base = files.filesystem(source)
-    inside = [name[len(base) :].lstrip("/") for name in fs.find(base)]
-    for name in sorted(inside, key=lambda name: (name == "manifest.json", name)):
-        files.write_bytes(files.join(target, name), files.read_bytes(files.join(source, name)))
+    complete = [name for name in ("index.bin", "manifest.json") if files.exists(files.join(source, name))]
+    if not complete:
+        raise UserError(f"{source}: this server gives rows, but no files; copy the dataset, and shuffle the copy")
+    if files.exists(files.join(target, complete[-1])):
+        return
+    manifest = open_store(source).manifest
+    chunks = {chunk.file for chunk in manifest.chunks}
+    for name in store.names(manifest):
+        try:
+            content = files.read_bytes(files.join(source, name))
+        except FileNotFoundError:
+            if name in chunks:
+                raise UserError(f"{files.join(source, name)}: the chunk is missing") from None
+            continue
+        files.write_bytes(files.join(target, name), content)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -26,7 +27,7 @@ from xlc_ray import files
 from xlc_ray.cluster import watchdog
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.network import Torch
-from xlc_ray.cluster.placement import Place, best, layouts, nodes_now
+from xlc_ray.cluster.placement import Place, best, layouts, least_models, nodes_now
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint
 
@@ -46,7 +47,7 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
     Raises UserError for a mistake that a worker found or where no room comes up within `cluster.node_wait_s`, and what
     made a worker fail after `cluster.max_failures` restarts in a row that brought no new checkpoint.
     """
-    left, newest = config.cluster.max_failures, checkpoint.steps(config.out)[-1:]
+    left, newest = config.cluster.max_failures, _newest(config)
     while True:
         if generators is not None:
             ray.get(generators.rest.remote())  # language models take the room that workers leave, not theirs
@@ -61,8 +62,7 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
         except (TrainingFailedError, RayError) as error:
             if mistake := find_user_error(error):
                 raise UserError(str(mistake)) from None
-            reason = _reason(error, files.join(config.out, "stacks", attempt))
-            found = checkpoint.steps(config.out)[-1:]
+            reason, found = _reason(config, attempt, error), _newest(config)
             left, newest = (config.cluster.max_failures if found != newest else left), found
             if not left or "Diverged" in str(error):
                 print(f"train: {reason}; what is complete is in {config.out}", flush=True)
@@ -71,17 +71,22 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
             print(f"train: {reason}; {_onward(config)} ({left} restarts left)", flush=True)
 
 
+def _newest(config: Config) -> list[int]:
+    """The step of the newest checkpoint, if there is any, once the file system tells."""
+    return files.waiting(config.cluster.read_retry_s, lambda: checkpoint.steps(config.out)[-1:])
+
+
 def _onward(config: Config) -> str:
-    found = checkpoint.steps(config.out)
+    found = _newest(config)
     return f"going on from step {found[-1]:,}" if found else "starting again"
 
 
 def _room(config: Config) -> Place:
     """The best place that the nodes have room for, as soon as they have."""
-    wanted = layouts(config)[0]
+    wanted, models = layouts(config)[0], least_models(config)
     started, told = time.monotonic(), False
     while True:
-        most, now = best(config, nodes_now(free=False)), best(config, nodes_now(free=True))
+        most, now = (best(config, nodes_now(free), models) for free in (False, True))
         waited = time.monotonic() - started
         if now and (now.layout == wanted or waited > SETTLE_SECONDS or (most and now.layout == most.layout)):
             if now.layout != wanted:
@@ -90,8 +95,8 @@ def _room(config: Config) -> Place:
         if waited > max(SETTLE_SECONDS, config.cluster.node_wait_s):
             raise UserError(
                 f"cluster: no room for {wanted} of {config.cluster.cpus_per_worker:g} CPUs and "
-                f"{config.cluster.gpus_per_worker:g} GPUs for {waited:.0f} s (cluster.node_wait_s); what was complete "
-                "is kept: add nodes, or lower cluster.min_replicas"
+                f"{config.cluster.gpus_per_worker:g} GPUs{' beside a language model' * models} for {waited:.0f} s "
+                "(cluster.node_wait_s); what was complete is kept: add nodes, or lower cluster.min_replicas"
             )
         if not told and waited > SETTLE_SECONDS:
             print(f"train: waiting for nodes, {config.cluster.node_wait_s:.0f} s at most", flush=True)
@@ -119,11 +124,19 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str, generat
         torch_config=Torch(backend="nccl" if gpus else "gloo", timeout_s=int(patience + 12 * watchdog.GRACE)),
         run_config=RunConfig(
             name=files.name(config.out),
-            storage_path=files.join(config.out, "ray_train"),
+            **_storage(files.join(config.out, "ray_train")),
             # Whatever Ray Train would try again by itself, it would try on the same nodes.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
+
+
+def _storage(path: str) -> dict[str, Any]:
+    """Where Ray Train keeps its state, by the file system that all else there goes through: Arrow knows few URLs."""
+    if not files.is_url(path):
+        return {"storage_path": files.local(path)}
+    fs, inner = files.filesystem(path)
+    return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 @contextmanager
@@ -140,9 +153,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _reason(error: Exception, stacks: str) -> str:
+def _reason(config: Config, attempt: str, error: Exception) -> str:
     """Why workers failed: that they hung, and where, or one line of the first's exception."""
-    if hung := watchdog.first_lines(stacks):
+    stacks = files.join(config.out, "stacks", attempt)
+    if hung := files.waiting(config.cluster.read_retry_s, lambda: watchdog.first_lines(stacks)):
         return f"no step for cluster.hang_timeout_s: {'; '.join(hung)}; all stacks in {stacks}"
     failures = list(getattr(error, "worker_failures", {}).values())
     lines = str(failures[0] if failures else error).strip().splitlines()

@@ -18,14 +18,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from xlc_ray import files
-from xlc_ray.activations.live import is_ready
+from xlc_ray.activations.live import LiveStore, is_ready
 from xlc_ray.activations.store import Store, is_there, open_source
-from xlc_ray.cluster import preflight
+from xlc_ray.cluster import live, preflight
 from xlc_ray.cluster.data import packed_replica_batches, replica_batches
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.gauges import Gauges
-from xlc_ray.cluster.live import generating, live_batches
-from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, nodes_now, with_own
+from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, least_models, nodes_now, with_own
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
@@ -50,6 +49,8 @@ def train(config: Config) -> dict[str, Any]:
     config = resolve(config)
     data = open_or_make(config)
     wiring = loop.wiring_for(config, data)  # a store that does not fit is said before anything starts
+    if isinstance(data, LiveStore):
+        live.check(config, data)
     connect()
     least = min(layout.workers for layout in layouts(config))
     require(least * config.cluster.cpus_per_worker, least * config.cluster.gpus_per_worker, f"{least} workers")
@@ -58,9 +59,10 @@ def train(config: Config) -> dict[str, Any]:
         preflight.check(config, data, wiring)
         if config.source.verify:
             data.verify()
-        with driving(config.out), generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
+        with driving(config.out), live.generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
             supervise(config, _worker, generators)
-    return {**logs.read(config.out)[-1], "out": config.out}
+    lines = files.waiting(config.cluster.read_retry_s, lambda: logs.read(config.out))
+    return {**lines[-1], "out": config.out}
 
 
 def open_or_make(config: Config) -> Store:
@@ -108,7 +110,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
 
     made, batches = settings["generators"], replica_batches
     if made is not None:
-        batches = partial(live_batches, made, settings["attempt"])
+        batches = partial(live.live_batches, made, settings["attempt"])
     elif goes_packed(data.dtype, device):
         batches = packed_replica_batches
     reader = loop.reading(batches, config, data, shards)
@@ -118,12 +120,19 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
         # is ours, so that any number of ranks can read it, with or without Ray.
         ray.train.report(metrics | {"step": step})
         if place.layout != layouts(config)[0] and step != config.train.steps:
-            found = best(config, with_own(nodes_now(free=True), own, config.cluster)) if leader else None
+            found = _room_again(config, own, made) if leader else None
             if broadcast_from_rank_zero(found is not None and _larger(config, found, place)):
                 raise Stop
 
     announce = gauges.set if leader else lambda _: gauges.set({})
     loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
+
+
+def _room_again(config: Config, own: Counter[str], generators: Any) -> Place | None:
+    """The best place, were all that this run holds free: its workers, and its language models, which rest between
+    groups."""
+    models = {} if generators is None else ray.get(generators.models.remote())
+    return best(config, with_own(nodes_now(free=True), own, config.cluster, models), least_models(config))
 
 
 def _larger(config: Config, found: Place, now: Place) -> bool:
@@ -166,7 +175,13 @@ class _Watch:
                     return
 
     def _show(self, progress: Progress) -> None:
-        m = logs.last(self.config.out)
+        try:
+            m = logs.last(self.config.out)
+        except (
+            UserError,
+            *files.failures(),
+        ):  # the next look may tell
+            return
         if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"

@@ -181,4 +181,4 @@ class Cluster(Settings):
     """Seconds without a step after which training counts as failed: more than a checkpoint takes. The first step
     after a start has three minutes at least."""
     read_retry_s: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds for which a read of activations that fails is tried again, with growing pauses."""
+    """Seconds for which a file system that fails to give activations, or to tell of checkpoints, is asked again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,8 @@ class Log:
 
     def __init__(self, config: Config):
         self.path = files.join(config.out, FILE)
+        if files.exists(self.path) and files.tail(self.path, 1) != b"\n":  # a disk was full in the middle of a line
+            files.append(self.path, "\n")
         self.run = _start_wandb(config) if config.train.wandb else None
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -63,8 +66,7 @@ def read(run_dir: str) -> list[dict[str, Any]]:
     if not files.exists(path):
         return []
     lines: list[dict[str, Any]] = []
-    for text in files.read_bytes(path).decode().splitlines():
-        line = json.loads(text)
+    for line in _whole(files.read_bytes(path).split(b"\n")):
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
         lines.append(line)
@@ -76,8 +78,16 @@ def last(run_dir: str) -> dict[str, Any] | None:
     path = files.join(run_dir, FILE)
     if not files.exists(path):
         return None
-    whole = files.tail(path, TAIL_BYTES).rpartition(b"\n")[0]
-    return json.loads(whole.rpartition(b"\n")[2]) if whole else None
+    return next(_whole(reversed(files.tail(path, TAIL_BYTES).split(b"\n")[:-1])), None)
+
+
+def _whole(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Those of the lines that were written to their end."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def _start_wandb(config: Config):
