@@ -2,8 +2,8 @@
 
 Datasets that lie in one piece are read so, whoever wrote them, others by h5py. Rows that lie together are read
 together. The system is told of all that is wanted before the first of it is read, so that the disk works while bytes
-are copied. Files are read, not mapped: a file system that fails is an error that can be
-waited for, and a file that was cut an error, where a map would end the process.
+are copied. Files are read, not mapped: a file system that fails is an error that can be waited for, and a file that was
+cut an error, where a map would end the process.
 """
 
 from __future__ import annotations

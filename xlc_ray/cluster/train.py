@@ -177,11 +177,8 @@ class _Watch:
     def _show(self, progress: Progress) -> None:
         try:
             m = logs.last(self.config.out)
-        except (
-            UserError,
-            *files.failures(),
-        ):  # the next look may tell
-            return
+        except (UserError, *files.failures()):
+            return  # the next look may tell
         if m and m["step"] > self.step:
             self.step = m["step"]
             values = f"loss {m['loss']:.4g}", f"ev {m['explained_variance']:.3f}", f"l0 {m['l0']:.1f}"
