@@ -179,6 +179,33 @@ def test_a_directory_holds_one_sweep(written, tmp_path):
         sweep()
 
 
+def test_fewer_trials_leave_what_others_have_done(written, monkeypatch):
+    path = written(space=GATES, asha=ASHA)
+    whole = sweep(path, local=True)
+    before = whole.frame()
+    monkeypatch.setattr(Learner, "train_on", lambda *_: pytest.fail("all is done"))
+    for limit in (1, None):
+        pd.testing.assert_frame_equal(sweep(path, local=True, limit=limit).frame(), before)
+    assert files.read_json(f"{whole.out}/sweep.json")["trials"] == 4
+
+
+def test_fewer_trials_than_were_begun_wait_for_more(written, monkeypatch):
+    path, step = written(asha={"grace": 4, "rungs": [4, 8], "reduction": 1.01}), Learner.train_on
+
+    def killed(self, *given):
+        if self.config.train.lr == 0.003 and self.step == 9:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(Learner, "train_on", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path, local=True)
+    monkeypatch.undo()
+    frame = sweep(path, local=True, limit=1).frame()
+    assert list(zip(frame["state"], frame["step"], strict=True)) == [("finished", 12), ("waiting", 8)]
+    assert list(sweep(path, local=True).frame()["state"]) == ["finished"] * 2
+
+
 def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):
     space = {
         "dictionary.gate": {"choice": [{"kind": "topk", "k": 2}, {"kind": "relu"}]},
@@ -193,6 +220,7 @@ def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, t
     assert list(whole["trial"][:3]) == list(first["trial"])
     assert len(set(whole["trial"])) == 5
     assert whole["fvu"].notna().all()
+    pd.testing.assert_frame_equal(sweep(path, local=True, limit=2).frame(), whole)
     used_up = {"train.lr": {"choice": [0.01, 0.02]}}
     path = written(space=used_up, search={"kind": "optuna", "num_samples": 9, "metric": "fvu"}, out=str(tmp_path / "b"))
     assert len(sweep(path, local=True).frame()) == 2

@@ -91,8 +91,13 @@ def _search(settings: SweepConfig, listed: list[Trial], board: Board) -> Search:
     """Going on from the rows of an earlier session. Puts what is known on the board."""
     before = read_rows(settings.out)
     if settings.pbt:
-        return Generations(settings, listed, board, before)
-    return Proposals(settings, board, before) if settings.search.kind == "optuna" else Listed(listed, board, before)
+        search: Search = Generations(settings, listed, board, before)
+    elif settings.search.kind == "optuna":
+        search = Proposals(settings, board, before)
+    else:
+        search = Listed(listed, board, before)
+    board.keep(before)
+    return search
 
 
 def _run_here(board: Board, search: Search) -> None:

@@ -72,18 +72,31 @@ class Board:
 
     def add(self, trial: Trial, before: Mapping[str, Row] | None = None) -> Row:
         """Put a trial on the board, as an earlier session left it if that had it: finished and stopped ones are done,
-        all others wait."""
+        all others wait, to go on where they were told to."""
         row = Row(trial.name, "waiting", 0, trial.config.train.steps, settings_of(trial.changes))
         row.out, row.changes = files.join("trials", trial.name), trial.changes
         old = (before or {}).get(trial.name)
         if self.sweep.pbt:
             row.history = [{"step": 0, "from": None, "settings": row.settings}]
             row = replace(old, state="waiting" if old.state == "running" else old.state) if old else row
-        elif old and old.state in ("finished", "stopped"):
-            row.state, row.step, row.metrics = old.state, old.step, old.metrics
-            self.halving.remember(trial.name, measured(trial.config.out), old.state == "stopped")
+        elif old:
+            row.state = old.state if old.state in ("finished", "stopped") else "waiting"
+            row.step, row.metrics = old.step, old.metrics
+            self._remember(row)
         self.rows[trial.name] = row
         return row
+
+    def keep(self, before: Mapping[str, Row]) -> None:
+        """Leave on the board what other trials of an earlier session have done."""
+        for row in before.values():
+            if row.trial not in self.rows and (row.step or row.state in DONE):
+                self.rows[row.trial] = replace(row, state=row.state if row.state in DONE else "waiting")
+                self._remember(row)
+
+    def _remember(self, row: Row) -> None:
+        # What it measured after that nobody has judged yet.
+        told = {s: m for s, m in measured(files.join(self.sweep.out, row.out)).items() if s <= row.step}
+        self.halving.remember(row.trial, told, row.state == "stopped")
 
     def started(self, name: str) -> None:
         """A trial has its workers."""
@@ -96,7 +109,8 @@ class Board:
         ends = "paused" if self.sweep.pbt else "stopped"
         for name, metrics in found.items():
             state = "finished" if name not in on else "running" if on[name] else ends
-            self._set(self.rows[name], state=state, step=step, metrics=metrics)
+            if state != "running" or step >= self.rows[name].step:  # else it says again what it said before
+                self._set(self.rows[name], state=state, step=step, metrics=metrics)
         return [name for name in on if on[name]]
 
     def diverged(self, name: str, error: str) -> None:
