@@ -17,7 +17,7 @@ from tests.runs import small_run_in
 from tests.sweeps.make import sweep_in
 from xlc_ray import evaluation, files
 from xlc_ray.activations.store import Store, open_store
-from xlc_ray.cluster.sweep import dry_run, sweep
+from xlc_ray.cluster.sweep import dry_run, plan, sweep
 from xlc_ray.config import UserError
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.sweeps import local
@@ -177,6 +177,20 @@ def test_a_directory_holds_one_sweep(written, tmp_path):
         sweep(resume=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="give either --config FILE or --resume DIR"):
         sweep()
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_trial_whose_end_was_not_measured_is_measured_when_the_sweep_goes_on(written, tmp_path, sharing):
+    path, more = written(), {"share_activations": sharing, "out": str(tmp_path / "again")}
+    whole = sweep(path, local=True).frame()
+    first, second = plan(path, more, None, None)[1]
+    train_alone(first.config)  # as jobs/train.py does
+    sweep(path, more, local=True)
+    lines = files.read_bytes(f"{second.config.out}/metrics.jsonl").splitlines(keepends=True)
+    files.write_bytes(f"{second.config.out}/metrics.jsonl", b"".join(lines[:-1]))  # the disk lost the last one
+    files.remove(str(tmp_path / "again/sweep.json"))
+    frame = sweep(path, more, local=True).frame()
+    pd.testing.assert_frame_equal(frame.drop(columns="out"), whole.drop(columns="out"), rtol=1e-5)
 
 
 def test_fewer_trials_leave_what_others_have_done(written, monkeypatch):
