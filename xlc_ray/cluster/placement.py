@@ -94,10 +94,26 @@ def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str,
     return tuple(n for n, count in held.items() for _ in range(count))
 
 
+def one_by_one(workers: int, nodes: Sequence[Node], cluster: Cluster) -> Place | None:
+    """A node for each worker, on as few as can be, whatever `cluster.placement` says of replicas: as a trial of a sweep
+    reserves them. None where there is no room."""
+    layout = Layout(1, workers)
+    found = place(layout, nodes, cluster.model_copy(update={"placement": "pack"}))
+    return Place(layout, found) if found else None
+
+
 def capacity(node: Node, cluster: Cluster) -> int:
     """Workers that find room on a node."""
     found = int(node.cpus / cluster.cpus_per_worker + FULL)
-    return min(found, int(node.gpus / cluster.gpus_per_worker + FULL)) if cluster.gpus_per_worker else found
+    return min(found, _on_gpus(node.gpus, cluster.gpus_per_worker)) if cluster.gpus_per_worker else found
+
+
+def _on_gpus(gpus: float, each: float) -> int:
+    # Ray gives a worker whole GPUs, or a part of one.
+    if each >= 1:
+        return int(gpus / each + FULL)
+    whole = int(gpus + FULL)
+    return whole * int(1 / each + FULL) + int((gpus - whole) / each + FULL)
 
 
 def with_own(nodes: Sequence[Node], own: Mapping[str, int], cluster: Cluster) -> list[Node]:
