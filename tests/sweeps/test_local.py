@@ -28,6 +28,8 @@ GATES = {
     "train.lr": {"choice": [0.01, 0.003]},
 }
 ASHA = {"grace": 4, "reduction": 2}
+LEARNS = {"dictionary.bias_init": "geometric_median"}
+"""Of the base: explains something from the first rung on."""
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_each_trial_is_the_run_that_training_it_alone_gives(written, tmp_path):
 
 
 def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
-    found = sweep(written(space=GATES, asha=ASHA), local=True)
+    found = sweep(written(space=GATES, asha=ASHA, changes=LEARNS), local=True)
     frame = found.frame()
     assert set(frame["state"]) == {"finished", "stopped"}
     for row in frame.itertuples():
@@ -76,7 +78,7 @@ def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
 
 
 def test_a_sweep_that_was_killed_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
-    path, step = written(space=GATES, asha=ASHA), Learner.train_on
+    path, step = written(space=GATES, asha=ASHA, changes=LEARNS), Learner.train_on
     whole = sweep(path, local=True).frame()
     calls, real = [], local.TrialRank.measure
 
@@ -124,7 +126,7 @@ def test_trials_that_share_give_the_frame_of_trials_alone_from_one_read(written,
 
 def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
     """By halving, too: trials of a stream come to a rung together, whenever the sweep was killed."""
-    path, step = written(space=GATES, asha=ASHA, share_activations=True), Learner.train_on
+    path, step = written(space=GATES, asha=ASHA, changes=LEARNS, share_activations=True), Learner.train_on
     whole = sweep(path, local=True).frame()
     assert sorted(set(whole["state"])) == ["finished", "stopped"]
     done = []
@@ -160,7 +162,7 @@ def test_of_trials_that_share_only_the_one_at_fault_fails(written, tmp_path):
 
 
 def test_a_trial_that_diverges_is_failed_and_the_others_go_on(written):
-    found = sweep(written(space={"train.lr": {"choice": [1e300, 0.01]}}), local=True)
+    found = sweep(written(space={"train.lr": {"choice": [1e300, 0.01]}}, changes=LEARNS), local=True)
     frame = found.frame()
     assert list(frame["state"]) == ["failed", "finished"]
     assert "gradient norm" in frame["error"][0]
@@ -194,7 +196,7 @@ def test_a_trial_whose_end_was_not_measured_is_measured_when_the_sweep_goes_on(w
 
 
 def test_fewer_trials_leave_what_others_have_done(written, monkeypatch):
-    path = written(space=GATES, asha=ASHA)
+    path = written(space=GATES, asha=ASHA, changes=LEARNS)
     whole = sweep(path, local=True)
     before = whole.frame()
     monkeypatch.setattr(Learner, "train_on", lambda *_: pytest.fail("all is done"))

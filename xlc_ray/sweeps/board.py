@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from xlc_ray import files
 from xlc_ray.config.sweep import SweepConfig
 from xlc_ray.sweeps.asha import Halving, rungs
-from xlc_ray.sweeps.frontier import Metrics, cost, pareto
+from xlc_ray.sweeps.frontier import Metrics, pareto, points_of
 from xlc_ray.sweeps.pbt import Move, stops
 from xlc_ray.sweeps.rank import PREDICTED, Task, measured
 from xlc_ray.sweeps.space import Changes, Trial, settings_of
@@ -155,15 +155,13 @@ class Board:
     def summary(self) -> dict[str, Any]:
         """trials, failed, pareto_points (l0 against fvu), share_of_full_steps (steps run / steps if none were cut)."""
         rows = list(self.rows.values())
-        shown = [row for row in rows if row.metrics]
-        points = [(cost("l0", row.metrics), cost("fvu", row.metrics)) for row in shown]
         return {
             "trials": len(rows),
             "finished": sum(row.state == "finished" for row in rows),
             "stopped": sum(row.state == "stopped" for row in rows),
             "failed": sum(row.state == "failed" for row in rows),
             "replaced": sum(len(row.history[1:]) for row in rows),
-            "pareto_points": len(pareto(points)),
+            "pareto_points": len(pareto(points_of("l0", "fvu", (row.metrics for row in rows)))),
             "share_of_full_steps": sum(row.step for row in rows) / max(1, sum(row.steps for row in rows)),
         }
 
