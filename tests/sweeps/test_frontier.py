@@ -74,7 +74,7 @@ def test_trials_are_judged_alike_wherever_they_lie(slope, factor, l0s):
         assert set(behind.values()) == {0}
 
 
-def test_who_explains_nothing_is_behind_all_who_do_however_sparse(tmp_path):
+def test_who_explains_nothing_is_behind_all_who_do_however_sparse():
     found = {"collapsed": metrics(0.0, 1.0), "good": metrics(16, 0.4), "worse": metrics(16, 0.5)}
     assert scores("frontier", found) == {
         "collapsed": math.inf,
@@ -85,7 +85,7 @@ def test_who_explains_nothing_is_behind_all_who_do_however_sparse(tmp_path):
     assert halving.go_on(10, found) == {"collapsed": False, "good": True, "worse": True}
     assert set(Halving((10,), 2, "frontier").go_on(10, dict.fromkeys("abc", metrics(0, 1.1))).values()) == {True}
     moves = Population(list(found), 1, "frontier", 0, lambda settings, rng: settings).decide(
-        10, found, dict.fromkeys(found, {})
+        10, found, {name: {} for name in found}
     )
     assert {name: move.source for name, move in moves.items()} == {"collapsed": "good"}
     assert pareto(points_of("l0", "fvu", found.values())) == [1]
