@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import settings_in
-from xlc_ray.cluster import supervisor
+from tests.sweeps.make import sweep_in
+from xlc_ray.activations.live import LiveStore
+from xlc_ray.activations.store import open_store
+from xlc_ray.cluster import live_sweep, supervisor, sweep
 from xlc_ray.cluster.placement import (
     Layout,
     Node,
@@ -24,6 +31,7 @@ from xlc_ray.cluster.placement import (
     with_own,
 )
 from xlc_ray.config import UserError
+from xlc_ray.sweeps.space import trials
 
 
 def nodes(*cpus: float, gpus: float = 0.0) -> list[Node]:
@@ -51,6 +59,10 @@ def test_fractions_of_cpus_and_gpus_bound_what_a_node_holds():
     halves = config(cpus_per_worker=1, gpus_per_worker=0.5).cluster
     assert capacity(Node("n", "a", 64, 2), halves) == 4
     assert capacity(Node("n", "a", 3, 2), halves) == 3
+    assert capacity(Node("n", "a", 64, 1.5), halves) == 3
+    most = config(cpus_per_worker=1, gpus_per_worker=0.6).cluster
+    assert capacity(Node("n", "a", 64, 2), most) == 2, "a part of a GPU is of one GPU"
+    assert capacity(Node("n", "a", 64, 5), config(cpus_per_worker=1, gpus_per_worker=2).cluster) == 2
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 6),
@@ -69,6 +81,43 @@ def test_a_place_is_found_exactly_where_there_is_one(cpus, ranks, replicas, plac
         if placement == "spread":  # no node has two replicas more than one that had room for another
             loads = [(held[f"n{i}"] // ranks, c // ranks) for i, c in enumerate(cpus)]
             assert all(a <= b + 1 for a, _ in loads for b, room in loads if b < room)
+
+
+@pytest.mark.parametrize(
+    ("there", "changes", "message"),
+    [
+        (nodes(4, 4), {"cpus_per_worker": 6}, "needs 1 workers of 6 CPUs and 0 GPUs, each on one node, and the nodes "
+         "have room for 0, 0; lower the settings under cluster, or add nodes"),
+        (nodes(8, gpus=2), {"gpus_per_worker": 0.6, "replicas": 3}, "trial lr=0.01 needs 3 workers of 1 CPUs and 0.6 "
+         "GPUs, each on one node, and the nodes have room for 2;"),
+        (nodes(2, 2), {"tensor_parallel": 4, "replicas": 1}, None),
+    ],
+)  # fmt: skip
+def test_a_trial_that_fits_the_cluster_and_no_node_is_said_at_once(monkeypatch, tmp_path, there, changes, message):
+    changes = {f"cluster.{name}": value for name, value in ({"cpus_per_worker": 1} | changes).items()}
+    known = trials(sweep_in(tmp_path, changes | {"train.batch_tokens": 48}))
+    monkeypatch.setattr(sweep, "nodes_now", lambda free: there)
+    total = {"CPU": sum(node.cpus for node in there), "GPU": sum(node.gpus for node in there)}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
+        sweep._find_room(known)
+
+
+def test_language_models_need_room_beside_a_trial_whose_ranks_span_nodes(monkeypatch, tmp_path):
+    """Which placement of single runs does not allow, and Tune does."""
+    changes = {"tensor_parallel": 4, "cpus_per_worker": 1, "cpus_per_model": 2}
+    source = {"kind": "live", "path": str(tmp_path / "store"), "held_chunks": 9}
+    known = trials(sweep_in(tmp_path, {"source": source, **{f"cluster.{k}": v for k, v in changes.items()}}))
+    stored = open_store(source["path"])
+    data = LiveStore(**{field.name: getattr(stored, field.name) for field in fields(stored)})
+    alive = [{"NodeID": f"n{i}", "Alive": True, "Resources": {"object_store_memory": 1e9}} for i in (0, 1)]
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    monkeypatch.setattr(live_sweep.live, "check", lambda *_: None)  # what made the store is not asked here
+    monkeypatch.setattr(live_sweep, "nodes_now", lambda free: nodes(2, 3))
+    with pytest.raises(UserError, match="live training needs a node with 2 CPUs"):
+        live_sweep.check(known, {data.path: data})
+    monkeypatch.setattr(live_sweep, "nodes_now", lambda free: nodes(2, 4))
+    assert live_sweep.check(known, {data.path: data})
 
 
 def test_groups_that_span_nodes_are_named():

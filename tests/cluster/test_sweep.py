@@ -65,7 +65,7 @@ def test_more_trials_than_fit_give_the_frame_of_one_process_and_all_workers_back
 @pytest.mark.slow
 def test_a_crash_is_retried_from_the_last_stop_and_a_hopeless_trial_is_failed_alone(cluster, written, tmp_path):
     crashes = BROKEN | {"options": {"at": 6, "marker": str(tmp_path / "crashed")}}
-    gates = [{"kind": "relu"}, crashes, BROKEN | {"options": {"at": 0}}]
+    gates = [{"kind": "relu"}, crashes, BROKEN | {"options": {"at": 0, "rank": 1}}]
     path = written(
         space={"dictionary.gate": {"choice": gates}, "cluster.tensor_parallel": {"choice": [2]}},
         asha={"grace": 4, "rungs": [4], "reduction": 1.01},
@@ -74,7 +74,7 @@ def test_a_crash_is_retried_from_the_last_stop_and_a_hopeless_trial_is_failed_al
     found = sweep(path).frame()
     assert list(found["state"]) == ["finished", "finished", "failed"]
     assert (tmp_path / "crashed").exists()
-    assert "this gate never works" in found["error"][2]
+    assert "this gate never works" in found["error"][2], "and not that rank 0 lost its connection to rank 1"
     assert found["fvu"][1] == pytest.approx(found["fvu"][0], rel=1e-9), "it computes what relu does"
     assert files.read_json(str(tmp_path / "sweep/sweep.json"))["failed"] == 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.config.tree import ROOT
+from tests.config.tree import PRESETS, ROOT
 from xlc_ray.config import UserError, load_config
 from xlc_ray.config.sweep import load_sweep
 
@@ -39,6 +39,17 @@ def test_the_base_is_a_file_or_the_settings_themselves(load, tmp_path):
     inline = load(text=load().yaml())
     assert inline == load()
     assert load({"base": str(ROOT / "configs/gpt2_clt.yaml")}).base.dictionary.gate.kind == "jumprelu"
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_base_may_be_a_file_on_a_preset(load, file):
+    assert load({"base": str(file)}).base.override({"out": "x"}) == load_config(file, {"train.steps": 40, "out": "x"})
+
+
+def test_another_preset_may_lie_under_the_base(load):
+    file = ROOT / "configs/presets/gao_topk.yaml"
+    found = load({"base": str(file), "base.preset": "bussmann_batchtopk", "base.out": "x"})
+    assert found.base == load_config(file, {"train.steps": 40, "out": "x", "preset": "bussmann_batchtopk"})
 
 
 def test_overrides_reach_the_sweep_its_base_and_single_axes(load):

@@ -14,7 +14,7 @@ LR = {"train.lr": {"choice": [0.01, 0.003]}}
 def sweep_in(tmp_path, changes: dict[str, Any] | None = None, **sections: Any) -> SweepConfig:
     """A sweep over a small run whose store has a held-out part. `changes`: of the base."""
     base = small_run_in(tmp_path)({"train.precision": "float64", **(changes or {})})
-    make(tmp_path / "store/held_out", [40], sites=SITES)
+    make(tmp_path / "store/held_out", [203], sites=SITES)
     return sweep(base.model_dump(mode="json"), **{"out": str(tmp_path / "sweep"), **sections})
 
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlc_ray.sweeps.frontier import excesses, frontier, pareto, scores
+from xlc_ray.sweeps.asha import Halving
+from xlc_ray.sweeps.frontier import excesses, frontier, pareto, points_of, scores
+from xlc_ray.sweeps.pbt import Population
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -65,11 +67,29 @@ def test_a_trial_far_behind_is_not_saved_by_a_hair_less_l0():
 @given(st.floats(0.2, 0.8), st.floats(1.01, 3), st.lists(st.integers(1, 500), min_size=2, max_size=8, unique=True))
 def test_trials_are_judged_alike_wherever_they_lie(slope, factor, l0s):
     """No sparsity is preferred: the same share more fvu than the curve is the same excess everywhere."""
-    curve = {str(l0): metrics(l0, 0.9 * l0**-slope) for l0 in l0s}
+    curve = {str(l0): metrics(l0, 0.3 * l0**-slope) for l0 in l0s}
     for found in curve.values():
         behind = scores("frontier", curve | {"new": metrics(found["l0"], factor * found["fvu"])})
         assert behind.pop("new") == pytest.approx(math.log(factor))
         assert set(behind.values()) == {0}
+
+
+def test_who_explains_nothing_is_behind_all_who_do_however_sparse():
+    found = {"collapsed": metrics(0.0, 1.0), "good": metrics(16, 0.4), "worse": metrics(16, 0.5)}
+    assert scores("frontier", found) == {
+        "collapsed": math.inf,
+        "good": 0,
+        "worse": pytest.approx(math.log(1.25)),
+    }
+    halving = Halving((10,), 2, "frontier")
+    assert halving.go_on(10, found) == {"collapsed": False, "good": True, "worse": True}
+    assert set(Halving((10,), 2, "frontier").go_on(10, dict.fromkeys("abc", metrics(0, 1.1))).values()) == {True}
+    moves = Population(list(found), 1, "frontier", 0, lambda settings, rng: settings).decide(
+        10, found, {name: {} for name in found}
+    )
+    assert {name: move.source for name, move in moves.items()} == {"collapsed": "good"}
+    assert pareto(points_of("l0", "fvu", found.values())) == [1]
+    assert pareto(points_of("l0", "l2_ratio", [{"l0": 1, "l2_ratio": -3.0}])) == [0]
 
 
 def test_other_metrics_count_as_they_are_with_their_direction():

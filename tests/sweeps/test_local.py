@@ -17,7 +17,7 @@ from tests.runs import small_run_in
 from tests.sweeps.make import sweep_in
 from xlc_ray import evaluation, files
 from xlc_ray.activations.store import Store, open_store
-from xlc_ray.cluster.sweep import dry_run, sweep
+from xlc_ray.cluster.sweep import dry_run, plan, sweep
 from xlc_ray.config import UserError
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.sweeps import local
@@ -28,6 +28,8 @@ GATES = {
     "train.lr": {"choice": [0.01, 0.003]},
 }
 ASHA = {"grace": 4, "reduction": 2}
+LEARNS = {"dictionary.bias_init": "geometric_median"}
+"""Of the base: explains something from the first rung on."""
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_each_trial_is_the_run_that_training_it_alone_gives(written, tmp_path):
 
 
 def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
-    found = sweep(written(space=GATES, asha=ASHA), local=True)
+    found = sweep(written(space=GATES, asha=ASHA, changes=LEARNS), local=True)
     frame = found.frame()
     assert set(frame["state"]) == {"finished", "stopped"}
     for row in frame.itertuples():
@@ -76,7 +78,7 @@ def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):
 
 
 def test_a_sweep_that_was_killed_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
-    path, step = written(space=GATES, asha=ASHA), Learner.train_on
+    path, step = written(space=GATES, asha=ASHA, changes=LEARNS), Learner.train_on
     whole = sweep(path, local=True).frame()
     calls, real = [], local.TrialRank.measure
 
@@ -124,7 +126,7 @@ def test_trials_that_share_give_the_frame_of_trials_alone_from_one_read(written,
 
 def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
     """By halving, too: trials of a stream come to a rung together, whenever the sweep was killed."""
-    path, step = written(space=GATES, asha=ASHA, share_activations=True), Learner.train_on
+    path, step = written(space=GATES, asha=ASHA, changes=LEARNS, share_activations=True), Learner.train_on
     whole = sweep(path, local=True).frame()
     assert sorted(set(whole["state"])) == ["finished", "stopped"]
     done = []
@@ -160,7 +162,7 @@ def test_of_trials_that_share_only_the_one_at_fault_fails(written, tmp_path):
 
 
 def test_a_trial_that_diverges_is_failed_and_the_others_go_on(written):
-    found = sweep(written(space={"train.lr": {"choice": [1e300, 0.01]}}), local=True)
+    found = sweep(written(space={"train.lr": {"choice": [1e300, 0.01]}}, changes=LEARNS), local=True)
     frame = found.frame()
     assert list(frame["state"]) == ["failed", "finished"]
     assert "gradient norm" in frame["error"][0]
@@ -179,6 +181,47 @@ def test_a_directory_holds_one_sweep(written, tmp_path):
         sweep()
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_trial_whose_end_was_not_measured_is_measured_when_the_sweep_goes_on(written, tmp_path, sharing):
+    path, more = written(), {"share_activations": sharing, "out": str(tmp_path / "again")}
+    whole = sweep(path, local=True).frame()
+    first, second = plan(path, more, None, None)[1]
+    train_alone(first.config)  # as jobs/train.py does
+    sweep(path, more, local=True)
+    lines = files.read_bytes(f"{second.config.out}/metrics.jsonl").splitlines(keepends=True)
+    files.write_bytes(f"{second.config.out}/metrics.jsonl", b"".join(lines[:-1]))  # the disk lost the last one
+    files.remove(str(tmp_path / "again/sweep.json"))
+    frame = sweep(path, more, local=True).frame()
+    pd.testing.assert_frame_equal(frame.drop(columns="out"), whole.drop(columns="out"), rtol=1e-5)
+
+
+def test_fewer_trials_leave_what_others_have_done(written, monkeypatch):
+    path = written(space=GATES, asha=ASHA, changes=LEARNS)
+    whole = sweep(path, local=True)
+    before = whole.frame()
+    monkeypatch.setattr(Learner, "train_on", lambda *_: pytest.fail("all is done"))
+    for limit in (1, None):
+        pd.testing.assert_frame_equal(sweep(path, local=True, limit=limit).frame(), before)
+    assert files.read_json(f"{whole.out}/sweep.json")["trials"] == 4
+
+
+def test_fewer_trials_than_were_begun_wait_for_more(written, monkeypatch):
+    path, step = written(asha={"grace": 4, "rungs": [4, 8], "reduction": 1.01}), Learner.train_on
+
+    def killed(self, *given):
+        if self.config.train.lr == 0.003 and self.step == 9:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(Learner, "train_on", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path, local=True)
+    monkeypatch.undo()
+    frame = sweep(path, local=True, limit=1).frame()
+    assert list(zip(frame["state"], frame["step"], strict=True)) == [("finished", 12), ("waiting", 8)]
+    assert list(sweep(path, local=True).frame()["state"]) == ["finished"] * 2
+
+
 def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):
     space = {
         "dictionary.gate": {"choice": [{"kind": "topk", "k": 2}, {"kind": "relu"}]},
@@ -193,6 +236,7 @@ def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, t
     assert list(whole["trial"][:3]) == list(first["trial"])
     assert len(set(whole["trial"])) == 5
     assert whole["fvu"].notna().all()
+    pd.testing.assert_frame_equal(sweep(path, local=True, limit=2).frame(), whole)
     used_up = {"train.lr": {"choice": [0.01, 0.02]}}
     path = written(space=used_up, search={"kind": "optuna", "num_samples": 9, "metric": "fvu"}, out=str(tmp_path / "b"))
     assert len(sweep(path, local=True).frame()) == 2

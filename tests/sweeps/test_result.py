@@ -47,8 +47,16 @@ def test_a_frame_has_a_row_a_trial_and_a_column_a_setting(found):
     assert frame.loc["b", "out"].endswith("/trials/b")
 
 
-def test_the_frontier_of_any_two_metrics(found):
+def test_the_frontier_of_l0_and_fvu(found):
     assert list(found.pareto()["trial"]) == ["a", "b", "d"]
+    files.write_json(f"{found.out}/sweep.json", {"rows": [asdict(row("f", 0.0, 1.0)), asdict(row("a", 16, 0.4))]})
+    assert list(found.pareto()["trial"]) == ["a"], "f explains nothing"
+    files.write_json(f"{found.out}/sweep.json", {"rows": [asdict(row("f", 0.0, 1.0))]})
+    with pytest.raises(UserError, match="no trial lies on the frontier of l0 and fvu"):
+        found.best("fvu", at={"l0": 8})
+
+
+def test_the_frontier_of_other_metrics(found):
     assert list(found.pareto("l0", "explained_variance")["trial"]) == ["a", "b", "d"]
     with pytest.raises(UserError, match="'loss' is not measured by sweeps; allowed: fvu"):
         found.pareto("l0", "loss")

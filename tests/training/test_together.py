@@ -166,3 +166,10 @@ def test_streams_are_equal_where_what_is_read_is(configs):
     found = {name: stream(config, data) for name, config in made.items()}
     assert found["one"] == found["other"]
     assert len(set(found.values())) == len(found) - 1
+
+
+def test_a_run_of_whose_end_nothing_is_known_does_not_leave_in_silence(configs):
+    made = configs("runs", done={}, other={"train.lr": 0.003})
+    train_alone(made["done"])
+    with pytest.raises(RuntimeError, match="done: trained to its end, of which nothing is known"):
+        to_the_end(together(made))

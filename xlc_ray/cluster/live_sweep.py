@@ -13,7 +13,7 @@ import ray
 from xlc_ray.activations.live import LiveStore
 from xlc_ray.activations.store import Store, open_source
 from xlc_ray.cluster import live, preflight
-from xlc_ray.cluster.placement import best, nodes_now
+from xlc_ray.cluster.placement import nodes_now, one_by_one
 from xlc_ray.config import UserError
 from xlc_ray.config.sources import LiveSource
 from xlc_ray.sweeps.space import Trial
@@ -42,7 +42,7 @@ def check(trials: Sequence[Trial], stores: Mapping[str, Store]) -> int | None:
             continue
         live.check(config, data)
         wiring = loop.wiring_for(config, data)
-        if place := best(config, nodes):
+        if place := one_by_one(trial.workers, nodes, config.cluster):  # else the sweep has refused the trial
             problems += preflight.model_room(config, place, nodes, trial.models)
         problems += preflight.held_chunks(config.source, data, wiring, nodes, memory)
         limits.append(int(min(memory.values()) // preflight.held_bytes(config.source, data, wiring)))

@@ -113,6 +113,14 @@ def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str,
     return tuple(n for n, count in held.items() for _ in range(count))
 
 
+def one_by_one(workers: int, nodes: Sequence[Node], cluster: Cluster) -> Place | None:
+    """A node for each worker, on as few as can be, whatever `cluster.placement` says of replicas: as a trial of a sweep
+    reserves them. None where there is no room."""
+    layout = Layout(1, workers)
+    found = place(layout, nodes, cluster.model_copy(update={"placement": "pack"}))
+    return Place(layout, found) if found else None
+
+
 def capacity(node: Node, cluster: Cluster) -> int:
     """Workers that find room on a node."""
     return _times(node, cluster.cpus_per_worker, cluster.gpus_per_worker)
@@ -120,7 +128,15 @@ def capacity(node: Node, cluster: Cluster) -> int:
 
 def _times(node: Node, cpus: float, gpus: float) -> int:
     found = int(node.cpus / cpus + FULL)
-    return min(found, int(node.gpus / gpus + FULL)) if gpus else found
+    return min(found, _on_gpus(node.gpus, gpus)) if gpus else found
+
+
+def _on_gpus(gpus: float, each: float) -> int:
+    # Ray gives a process whole GPUs, or a part of one.
+    if each >= 1:
+        return int(gpus / each + FULL)
+    whole = int(gpus + FULL)
+    return whole * int(1 / each + FULL) + int((gpus - whole) / each + FULL)
 
 
 def with_own(

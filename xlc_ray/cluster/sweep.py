@@ -11,6 +11,7 @@ from xlc_ray import files
 from xlc_ray.activations.store import Store
 from xlc_ray.cluster import live_sweep
 from xlc_ray.cluster.driver import driving
+from xlc_ray.cluster.placement import capacity, nodes_now, one_by_one
 from xlc_ray.cluster.session import connect, output_root, require, resolve, run_path
 from xlc_ray.cluster.train import open_or_make
 from xlc_ray.cluster.tuning import run_trials
@@ -62,10 +63,7 @@ def sweep(
         live_sweep.refuse_locally(known)
     else:
         connect()
-        largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
-        for trial in largest:
-            models = f" with {_models(trial)}" if trial.models else ""
-            require(trial.cpus, trial.gpus, f"trial {trial.name}{models}")
+        _find_room(known)
     streams, held = _check(settings, known)
     size = 1
     if isinstance(search, Listed) and settings.share_activations:
@@ -91,8 +89,13 @@ def _search(settings: SweepConfig, listed: list[Trial], board: Board) -> Search:
     """Going on from the rows of an earlier session. Puts what is known on the board."""
     before = read_rows(settings.out)
     if settings.pbt:
-        return Generations(settings, listed, board, before)
-    return Proposals(settings, board, before) if settings.search.kind == "optuna" else Listed(listed, board, before)
+        search: Search = Generations(settings, listed, board, before)
+    elif settings.search.kind == "optuna":
+        search = Proposals(settings, board, before)
+    else:
+        search = Listed(listed, board, before)
+    board.keep(before)
+    return search
 
 
 def _run_here(board: Board, search: Search) -> None:
@@ -189,6 +192,24 @@ def _check(settings: SweepConfig, known: list[Trial]) -> tuple[dict[str, Hashabl
                 stores[path].verify()
         streams[trial.name] = together.stream(config, stores[path])
     return streams, live_sweep.check(known, stores) if any(trial.models for trial in known) else None
+
+
+def _find_room(known: list[Trial]) -> None:
+    """Raise UserError where the cluster cannot hold a trial: Ray would wait for it in silence."""
+    largest = max(known, key=lambda trial: trial.cpus), max(known, key=lambda trial: trial.gpus)
+    for trial in largest:
+        models = f" with {_models(trial)}" if trial.models else ""
+        require(trial.cpus, trial.gpus, f"trial {trial.name}{models}")
+    nodes = nodes_now(free=False)
+    for trial in known:
+        cluster = trial.config.cluster
+        if one_by_one(trial.workers, nodes, cluster) is None:
+            raise UserError(
+                f"cluster: trial {trial.name} needs {trial.workers} workers of {cluster.cpus_per_worker:g} CPUs and "
+                f"{cluster.gpus_per_worker:g} GPUs, each on one node, and the nodes have room for "
+                f"{', '.join(str(capacity(node, cluster)) for node in nodes)}; lower the settings under cluster, or "
+                "add nodes"
+            )
 
 
 def _same(settings: SweepConfig) -> None:

@@ -10,6 +10,7 @@ groups run at once as have both. They begin and end with the group's training, a
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -60,6 +61,8 @@ def _world(config: Config) -> int:
 
 ATTEMPT = "1"
 """Generators serve a group once: what is trained anew has others."""
+LOST = re.compile("gloo|nccl|connection", re.IGNORECASE)
+"""What the error of a collective says whose other end is gone."""
 
 
 class Member:
@@ -206,10 +209,12 @@ class TrialGroup(tune.Trainable):
             return at, said, self._made()
         except Exception as error:
             self._end_generators()
-            # The rank that failed first knows why; the others only lost its connection.
-            for failure in (error, *_failures(training)):
+            failures = error, *_failures(training)
+            for failure in failures:
                 if mistake := find_user_error(failure):
                     raise UserError(str(mistake)) from error
+            if (why := cause(failures)) is not error:
+                raise why from error
             raise
 
     def _came(self, rank: Future) -> None:
@@ -239,6 +244,15 @@ def _place(bundle: int) -> PlacementGroupSchedulingStrategy:
     reserved = get_current_placement_group()
     assert reserved is not None, "Tune reserves the bundles of a trial"
     return PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle)
+
+
+def cause(failures: Sequence[Exception]) -> Exception:
+    """Of what ranks failed with, what says why: the rank that failed first knows, the others lost its connection."""
+
+    def lost(error: Exception) -> bool:
+        return not isinstance(error, RayActorError) and LOST.search(str(error).strip().rpartition("\n")[-1]) is not None
+
+    return min(failures, key=lost)
 
 
 def _failures(tasks: list[ray.ObjectRef]) -> list[RayError]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from xlc_ray.config import Config, apply_overrides, yaml_text
+from xlc_ray.config import Config, apply_overrides, presets, yaml_text
 from xlc_ray.config.base import Fraction, Name, Settings
 from xlc_ray.config.errors import UserError, explain
 
@@ -260,7 +260,10 @@ def sweep_of(tree: dict[str, Any], origin: str | Path, overrides: Mapping[str, A
     given = dict(overrides or {})
     if isinstance(base := given.pop("base", None) or tree.get("base"), str):
         # On the command line a path is seen from the working directory, in the file from the file.
-        base = read_tree(base if overrides and overrides.get("base") else here / base)
+        file = base if overrides and overrides.get("base") else here / base
+        base = read_tree(file)
+        if (preset := given.pop("base.preset", base.pop("preset", None))) is not None:
+            base = presets.under(base, preset, str(file))
     axes = {path: given.pop(path) for path in list(given) if path.startswith(("space.", "override."))}
     tree = apply_overrides(tree | {"base": base} if base is not None else tree, given)
     for path, value in axes.items():  # an axis is named by a dotted path, which is one key

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from xlc_ray import files
 from xlc_ray.config.sweep import SweepConfig
 from xlc_ray.sweeps.asha import Halving, rungs
-from xlc_ray.sweeps.frontier import Metrics, cost, pareto
+from xlc_ray.sweeps.frontier import Metrics, pareto, points_of
 from xlc_ray.sweeps.pbt import Move, stops
 from xlc_ray.sweeps.rank import PREDICTED, Task, measured
 from xlc_ray.sweeps.space import Changes, Trial, settings_of
@@ -72,18 +72,31 @@ class Board:
 
     def add(self, trial: Trial, before: Mapping[str, Row] | None = None) -> Row:
         """Put a trial on the board, as an earlier session left it if that had it: finished and stopped ones are done,
-        all others wait."""
+        all others wait, to go on where they were told to."""
         row = Row(trial.name, "waiting", 0, trial.config.train.steps, settings_of(trial.changes))
         row.out, row.changes = files.join("trials", trial.name), trial.changes
         old = (before or {}).get(trial.name)
         if self.sweep.pbt:
             row.history = [{"step": 0, "from": None, "settings": row.settings}]
             row = replace(old, state="waiting" if old.state == "running" else old.state) if old else row
-        elif old and old.state in ("finished", "stopped"):
-            row.state, row.step, row.metrics = old.state, old.step, old.metrics
-            self.halving.remember(trial.name, measured(trial.config.out), old.state == "stopped")
+        elif old:
+            row.state = old.state if old.state in ("finished", "stopped") else "waiting"
+            row.step, row.metrics = old.step, old.metrics
+            self._remember(row)
         self.rows[trial.name] = row
         return row
+
+    def keep(self, before: Mapping[str, Row]) -> None:
+        """Leave on the board what other trials of an earlier session have done."""
+        for row in before.values():
+            if row.trial not in self.rows and (row.step or row.state in DONE):
+                self.rows[row.trial] = replace(row, state=row.state if row.state in DONE else "waiting")
+                self._remember(row)
+
+    def _remember(self, row: Row) -> None:
+        # What it measured after that nobody has judged yet.
+        told = {s: m for s, m in measured(files.join(self.sweep.out, row.out)).items() if s <= row.step}
+        self.halving.remember(row.trial, told, row.state == "stopped")
 
     def started(self, name: str) -> None:
         """A trial has its workers."""
@@ -96,7 +109,8 @@ class Board:
         ends = "paused" if self.sweep.pbt else "stopped"
         for name, metrics in found.items():
             state = "finished" if name not in on else "running" if on[name] else ends
-            self._set(self.rows[name], state=state, step=step, metrics=metrics)
+            if state != "running" or step >= self.rows[name].step:  # else it says again what it said before
+                self._set(self.rows[name], state=state, step=step, metrics=metrics)
         return [name for name in on if on[name]]
 
     def diverged(self, name: str, error: str) -> None:
@@ -141,15 +155,13 @@ class Board:
     def summary(self) -> dict[str, Any]:
         """trials, failed, pareto_points (l0 against fvu), share_of_full_steps (steps run / steps if none were cut)."""
         rows = list(self.rows.values())
-        shown = [row for row in rows if row.metrics]
-        points = [(cost("l0", row.metrics), cost("fvu", row.metrics)) for row in shown]
         return {
             "trials": len(rows),
             "finished": sum(row.state == "finished" for row in rows),
             "stopped": sum(row.state == "stopped" for row in rows),
             "failed": sum(row.state == "failed" for row in rows),
             "replaced": sum(len(row.history[1:]) for row in rows),
-            "pareto_points": len(pareto(points)),
+            "pareto_points": len(pareto(points_of("l0", "fvu", (row.metrics for row in rows)))),
             "share_of_full_steps": sum(row.step for row in rows) / max(1, sum(row.steps for row in rows)),
         }
 

@@ -9,14 +9,15 @@ nothing more. The *excess* of a trial is fvu at matched l0,
     excess = log fvu - log (the frontier's fvu at the trial's l0)
 
 which is 0 on the frontier, and log 1.1 where the trial's fvu is 10 % more than the frontier's at the same l0. Nothing
-in it says how much l0 an fvu is worth: a sparse trial is behind only if others do better at its own sparsity.
+in it says how much l0 an fvu is worth: a sparse trial is behind only if others do better at its own sparsity. But who
+explains nothing (fvu ≥ 1, as a dictionary without active features) is behind everyone, being sparser than all for that.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 Metrics = Mapping[str, float | None]
 Point = tuple[float, float]
@@ -33,6 +34,12 @@ def cost(name: str, metrics: Metrics) -> float:
     if value is None or not math.isfinite(value):
         return math.inf
     return -value if name in HIGHER_IS_BETTER else value
+
+
+def points_of(x: str, y: str, measured: Iterable[Metrics]) -> list[Point]:
+    """What each has measured of two metrics, as costs; of l0 and fvu, infinite where it explains nothing."""
+    found = [(cost(x, metrics), cost(y, metrics)) for metrics in measured]
+    return [(l0, math.inf if fvu >= 1 else fvu) for l0, fvu in found] if (x, y) == ("l0", "fvu") else found
 
 
 def pareto(points: Sequence[Point]) -> list[int]:
@@ -89,5 +96,4 @@ def scores(metric: str, measured: Mapping[str, Metrics]) -> dict[str, float]:
     """{trial: what to make small}: its excess if `metric` is frontier, else the metric itself."""
     if metric != "frontier":
         return {name: cost(metric, found) for name, found in measured.items()}
-    points = [(cost("l0", found), cost("fvu", found)) for found in measured.values()]
-    return dict(zip(measured, excesses(points), strict=True))
+    return dict(zip(measured, excesses(points_of("l0", "fvu", measured.values())), strict=True))

@@ -18,7 +18,7 @@ from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.activations.store import open_source
 from xlc_ray.config import Config
-from xlc_ray.dictionary import Dictionary, Shards
+from xlc_ray.dictionary import Dictionary, Shards, checkpoint
 from xlc_ray.evaluation.pair import evaluate_pair
 from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import evaluate_replacement
@@ -78,7 +78,7 @@ class TrialRank:
         self.models: LanguageModel | ModelPair | None = None
         runs = {
             task.name: Run(
-                task.config, task.stops, partial(announce, task.name), partial(self.measure, task), _said(task)
+                task.config, task.stops, partial(announce, task.name), partial(self.measure, task), self._said(task)
             )
             for task in tasks
         }
@@ -98,6 +98,16 @@ class TrialRank:
         """Train to the next stop: its step, and what each trial that came to it measured there, or what ended it."""
         said = self.together.advance()
         return self.together.step, {n: e if isinstance(e, Diverged) else held_out(e) for n, e in said.items()}
+
+    def _said(self, task: Task) -> dict[int, dict[str, Any]]:
+        """What it said at stops of an earlier session. Where its newest checkpoint is of a stop that no line tells of,
+        because another job wrote it or the line was lost, it is measured now."""
+        out, lines = task.config.out, logs.read(task.config.out)
+        known = {line["step"]: line for line in lines if line["step"] in task.stops and held_out(line)}
+        for step in checkpoint.steps(out)[-1:]:
+            if step in task.stops and step not in known:
+                known[step] = self.measure(task, checkpoint.load_dictionary(out, step)[0].to(self.device))
+        return known
 
     def measure(self, task: Task, dictionary: Dictionary) -> Found:
         """{held_out/name: value} of MEASURED, and of PREDICTED where that is asked for; without those of no value."""
@@ -138,7 +148,3 @@ def held_out(line: Mapping[str, Any]) -> Found:
 def measured(run_dir: str) -> dict[int, Found]:
     """{step: {name: value}} of every stop that a trial has come to."""
     return {line["step"]: found for line in logs.read(run_dir) if (found := held_out(line))}
-
-
-def _said(task: Task) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in logs.read(task.config.out) if line["step"] in task.stops and held_out(line)}

@@ -12,7 +12,7 @@ from xlc_ray.config import UserError
 from xlc_ray.config.errors import nearest
 from xlc_ray.sweeps import page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
-from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto
+from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto, points_of
 from xlc_ray.sweeps.rank import MEASURED, PREDICTED
 from xlc_ray.training import logs
 
@@ -87,11 +87,11 @@ class Sweep:
         return pd.DataFrame(parts[::-1])
 
     def pareto(self, x: str = "l0", y: str = "fvu") -> pd.DataFrame:
-        """The rows of the frame that no other equals or beats in both metrics, by rising x."""
+        """The rows of the frame that no other equals or beats in both metrics, by rising x; of l0 and fvu none with
+        fvu ≥ 1."""
         _check(x, y)
-        frame = self.frame()
-        points = [(cost(x, row.metrics), cost(y, row.metrics)) for row in self.rows()]
-        return frame.iloc[pareto(points)].reset_index(drop=True)
+        points = points_of(x, y, (row.metrics for row in self.rows()))
+        return self.frame().iloc[pareto(points)].reset_index(drop=True)
 
     def best(self, metric: str = "fvu", at: Mapping[str, float] | None = None) -> Best:
         """The trial with the best `metric`; with `at`, e.g. {"l0": 64}, at that value of another metric.
@@ -106,8 +106,9 @@ class Sweep:
         if not at:
             return self._best(min(rows, key=lambda row: cost(metric, row.metrics)), metric, {}, "measured")
         ((name, wanted),) = at.items()
-        points = [(cost(name, row.metrics), cost(metric, row.metrics)) for row in rows]
-        line = [rows[i] for i in pareto(points)]
+        line = [rows[i] for i in pareto(points_of(name, metric, (row.metrics for row in rows)))]
+        if not line:
+            raise UserError(f"{self.out}: no trial lies on the frontier of {name} and {metric}")
         return self._at(line, metric, name, float(wanted))
 
     def _at(self, line: list[Row], metric: str, name: str, wanted: float) -> Best:

@@ -84,10 +84,12 @@ class Proposals:
         sampler = optuna.samplers.TPESampler(seed=sweep.search.seed)
         self.study = optuna.create_study(directions=["minimize"] * len(self.goals), sampler=sampler)
         self.asked: dict[str, Any] = {}
+        self.unfinished: set[str] = set()
         wanted = min(sweep.search.num_samples or 0, sweep.search.max_trials or math.inf)
         self.left = int(wanted)
         for row in before.values():
             self._recall(row, before)
+        self.left = max(0, self.left)
 
     def _recall(self, row: Row, before: Mapping[str, Row]) -> None:
         """Take over a trial of an earlier session; one that did not end is proposed again, first."""
@@ -95,7 +97,7 @@ class Proposals:
         kept = self.board.add(trial, before)
         params, kinds = self._params(row.changes)
         if kept.state not in DONE:
-            del self.board.rows[row.trial]
+            self.unfinished.add(row.trial)
             self.study.enqueue_trial(params)
             return
         self.left -= 1
@@ -108,13 +110,15 @@ class Proposals:
             asked = self.study.ask()
             changes = self._point(asked)
             name = name_of(self.sweep, changes)
-            if name in self.board.rows:
+            if name in self.board.rows and name not in self.unfinished:
                 self.study.tell(asked, state=self.optuna.trial.TrialState.FAIL)
                 continue
             self.left -= 1
             self.asked[name] = asked
             trial = make(self.sweep, changes, name)
-            self.board.add(trial)
+            if name not in self.unfinished:
+                self.board.add(trial)
+            self.unfinished.discard(name)
             return (trial,)
         self.left = 0
         return None

@@ -82,7 +82,8 @@ class Together:
 
         What ends or diverges leaves. Any other error is everybody's: ranks could not agree on who goes on."""
         found: dict[str, Line | Diverged] = {}
-        while self._runs and not found:
+        assert self._runs, "somebody trains"
+        while not found:
             self.step += 1
             for name, run in list(self._runs.items()):
                 try:
@@ -91,6 +92,8 @@ class Together:
                     said = error
                 if said is not None:
                     found[name] = said
+                elif self.step == run.last:
+                    raise RuntimeError(f"{run.run.config.out}: trained to its end, of which nothing is known")
                 if isinstance(said, Diverged) or self.step == run.last:
                     self.leave(name)
         return found
