@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pandas as pd
@@ -220,6 +221,15 @@ def test_fewer_trials_than_were_begun_wait_for_more(written, monkeypatch):
     frame = sweep(path, local=True, limit=1).frame()
     assert list(zip(frame["state"], frame["step"], strict=True)) == [("finished", 12), ("waiting", 8)]
     assert list(sweep(path, local=True).frame()["state"]) == ["finished"] * 2
+
+
+def test_a_sweep_that_was_moved_goes_on_where_it_is(written, tmp_path):
+    whole = sweep(written(), local=True, limit=1)
+    moved = Path(whole.out).rename(tmp_path / "moved")
+    found = sweep(resume=str(moved), overrides={"search.max_trials": None}, local=True)
+    assert found.out == str(moved)
+    assert list(found.frame()["state"]) == ["finished"] * 2
+    assert not Path(whole.out).exists()
 
 
 def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):

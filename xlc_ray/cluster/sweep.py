@@ -33,7 +33,7 @@ from xlc_ray.training import together
 SETTINGS = "sweep.yaml"
 REPORT = "report.html"
 FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "share_activations", "resources",
-        "base.cluster", "base.out")  # fmt: skip
+        "base.cluster", "base.out", "out")  # fmt: skip
 """Settings that may differ when a sweep goes on."""
 POPULATION = ("search.max_trials", "search.num_samples")
 """But not these where trials are a population: who is replaced depends on all."""
@@ -115,7 +115,7 @@ def plan(
     if resume and not files.exists(file):
         raise UserError(f"{resume}: no {SETTINGS} here; expected the directory of a sweep")
     tree = yaml_text.parse_mapping(files.read_bytes(file), file) if resume else read_tree(file)
-    given = dict(overrides or {})
+    given = ({"out": run_path(resume)} if resume else {}) | dict(overrides or {})  # it may have been moved
     if grids.is_grid(tree):
         tree = _from_grid(tree, file, given)
     if limit is not None:
