@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.data
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray._private.utils import read_ray_address  # where ray.init() looks, too
 from ray.exceptions import AuthenticationError
 
+from xlc_ray import files
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
-from xlc_ray.files import local
 
 QUIET = ("Progress bars disabled", "Exception occurred in", "An exception was raised from a task", "Full stack trace")
 """Beginnings of Ray Data's lines that a user need not see: the first is what we asked for, the others go with an
@@ -160,7 +162,7 @@ def resolve(config: Config) -> Config:
             pass
     for path, name in places.items():
         if "://" not in name or name.startswith("file://"):
-            changes[path] = str(root / Path(local(name)).expanduser())
+            changes[path] = str(root / Path(files.local(name)).expanduser())
     if config.train.loss.connection:
         changes["train.loss.connection.run"] = run_path(config.train.loss.connection.run)
     resolved = config.override(changes)
@@ -173,7 +175,7 @@ def run_path(run_dir: str) -> str:
     """An existing run directory, absolute: seen from the working directory, else from where jobs put relative ones."""
     if "://" in run_dir and not run_dir.startswith("file://"):
         return run_dir
-    path = Path(local(run_dir)).expanduser()
+    path = Path(files.local(run_dir)).expanduser()
     return str(path.absolute() if path.exists() else output_root() / path)
 
 
@@ -193,15 +195,24 @@ def _all_absolute(config: Config) -> bool:
 
 
 def _absolute(name: str) -> str:
-    return os.path.abspath(local(name)) if _exists_here(name) else name
+    return os.path.abspath(files.local(name)) if _exists_here(name) else name
 
 
 def _exists_here(name: str) -> bool:
     """Whether a local file or directory has this name, or, for a glob, whether its directory exists."""
     if "://" in name and not name.startswith("file://"):
         return False
-    path = Path(local(name))
+    path = Path(files.local(name))
     fixed = path
     while any(c in str(fixed) for c in "*?["):
         fixed = fixed.parent
     return path.exists() or (fixed != path and fixed.exists())
+
+
+def storage(path: str) -> dict[str, Any]:
+    """Settings of Ray Train or Tune: where it keeps its state, by the file system that all else there goes
+    through: Arrow knows few URLs."""
+    if not files.is_url(path):
+        return {"storage_path": files.local(path)}
+    fs, inner = files.filesystem(path)
+    return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -28,6 +27,7 @@ from xlc_ray.cluster import watchdog
 from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.network import Torch
 from xlc_ray.cluster.placement import Place, best, layouts, least_models, nodes_now
+from xlc_ray.cluster.session import storage
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import checkpoint
 
@@ -124,19 +124,11 @@ def _trainer(config: Config, worker: Worker, place: Place, attempt: str, generat
         torch_config=Torch(backend="nccl" if gpus else "gloo", timeout_s=int(patience + 12 * watchdog.GRACE)),
         run_config=RunConfig(
             name=files.name(config.out),
-            **_storage(files.join(config.out, "ray_train")),
+            **storage(files.join(config.out, "ray_train")),
             # Whatever Ray Train would try again by itself, it would try on the same nodes.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
-
-
-def _storage(path: str) -> dict[str, Any]:
-    """Where Ray Train keeps its state, by the file system that all else there goes through: Arrow knows few URLs."""
-    if not files.is_url(path):
-        return {"storage_path": files.local(path)}
-    fs, inner = files.filesystem(path)
-    return {"storage_path": inner, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xlc_ray.cluster.cuts import Cuts
+from xlc_ray.cluster.session import storage
 from xlc_ray.cluster.trial import TrialGroup, bundles
 from xlc_ray.config.sweep import SweepConfig
 from xlc_ray.sweeps.board import Board
@@ -47,7 +48,7 @@ def run_trials(settings: SweepConfig, board: Board, search: Search, at_once: int
         ),
         run_config=tune.RunConfig(
             name="ray_tune",
-            storage_path=settings.out,
+            **storage(settings.out),
             failure_config=tune.FailureConfig(max_failures=settings.base.cluster.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[_Watch(groups)],
