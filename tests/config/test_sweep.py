@@ -91,6 +91,11 @@ def test_overrides_reach_the_sweep_its_base_and_single_axes(load):
             {"space.dictionary.gate.k": {"choice": [1], "when": {"train.lr": 1}}},
             "train.lr is set by train.lr, which must",
         ),
+        (
+            {"space.seed": {"choice": [1], "when": {"dictionary.gate.kid": "topk"}}},
+            "space.seed.when: dictionary.gate.kid: unknown setting; did you mean k",
+        ),
+        ({"space.seed": {"choice": [1], "when": {"dictionary.gate.options.any": 1}}}, None),
         ({"asha": {"grace": 3, "rungs": [4]}}, "rungs = [4] must rise, and begin with grace = 3"),
         ({"asha": {"grace": 3}, "space.train.steps": {"choice": [1, 2]}}, "rungs compare trials of equal length"),
         ({"share_activations": True, "search": {"kind": "optuna", "num_samples": 2}}, "optuna chooses trials by what"),

@@ -84,6 +84,11 @@ sae_specific:
     assert len(gates) == 8
 
 
+def test_specific_keys_of_no_gate_count_for_all(trials):
+    found = trials("lr: [0.1]\nsae_specific: {sparsity_coeffs: [1, 2], seeds: [1, 2], aux_coeffs: [0.1, 0.2]}")
+    assert [(c.train.loss.sparsity.coefficient, c.seed) for c in found] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -31,6 +31,8 @@ GATES = {
 ASHA = {"grace": 4, "reduction": 2}
 LEARNS = {"dictionary.bias_init": "geometric_median"}
 """Of the base: explains something from the first rung on."""
+REVERSED = {path: {"choice": axis["choice"][::-1]} for path, axis in GATES.items()}
+SHARED = {"space": REVERSED, "asha": ASHA, "search": {"metric": "fvu"}, "changes": LEARNS, "share_activations": True}
 
 
 @pytest.fixture
@@ -125,9 +127,10 @@ def test_trials_that_share_give_the_frame_of_trials_alone_from_one_read(written,
     assert sum(read) == 3 * 12 * 40, "of the first seed's four, two at a time"
 
 
-def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharing", [None, 2])
+def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(written, tmp_path, monkeypatch, sharing):
     """By halving, too: trials of a stream come to a rung together, whenever the sweep was killed."""
-    path, step = written(space=GATES, asha=ASHA, changes=LEARNS, share_activations=True), Learner.train_on
+    path, step = written(**SHARED, resources={"sharing": sharing}), Learner.train_on
     whole = sweep(path, local=True).frame()
     assert sorted(set(whole["state"])) == ["finished", "stopped"]
     done = []
@@ -138,7 +141,7 @@ def test_a_killed_sweep_of_one_stream_gives_the_frame_of_one_that_was_not(writte
             raise KeyboardInterrupt
         return step(self, *given)
 
-    for kill in (7, 17, 24):
+    for kill in (7, 11, 17, 24):
         done.clear()
         again = str(tmp_path / f"killed{kill}")
         monkeypatch.setattr(Learner, "train_on", killed)

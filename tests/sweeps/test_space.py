@@ -42,6 +42,26 @@ def test_a_conditional_axis_varies_only_where_it_applies():
     assert [t.name for t in trials] == ["topk,k=8", "topk,k=16", "batchtopk,k=8", "batchtopk,k=16", "relu"]
 
 
+def test_a_condition_may_ask_for_a_default():
+    gates = [{"kind": "batchtopk", "k": 8}, {"kind": "batchtopk", "k": 8, "pool": "group"}, {"kind": "topk"}]
+    axes = {
+        "dictionary.gate": {"choice": gates},
+        "dictionary.gate.k": {"choice": [4, 6], "when": {"dictionary.gate.kind": "topk"}},
+        "train.lr": {"choice": [0.1, 0.2], "when": {"dictionary.gate.pool": "all"}},
+    }
+    found = [(t.config.dictionary.gate.k, t.changes.get("train.lr")) for t in space.trials(sweep(BASE, space=axes))]
+    assert found == [(8, 0.1), (8, 0.2), (8, None), (4, 0.1), (4, 0.2), (6, 0.1), (6, 0.2)]
+
+
+def test_an_axis_that_applies_nowhere_is_refused():
+    axes = GATES | {"train.lr": {"choice": [0.1, 0.2], "when": {"dictionary.gate.kind": "gated"}}}
+    with pytest.raises(UserError, match=r"space\.train\.lr\.when: \{'dictionary\.gate\.kind': 'gated'\} holds nowhere"):
+        changes(space=axes)
+    between = {"dictionary.gate.k": {"randint": [1, 4]}}
+    between["train.lr"] = {"choice": [0.1], "when": {"dictionary.gate.k": 2}}
+    assert len(changes(space=between, search={"kind": "random", "num_samples": 4})) == 4, "it may apply to a draw"
+
+
 def test_the_first_trials_are_kept():
     axes = {"train.lr": {"choice": [0.1, 0.2]}, "seed": {"choice": list(range(50))}}
     assert changes(space=axes, search={"max_trials": 3}) == changes(space=axes)[:3]

@@ -25,6 +25,21 @@ def nearest(name: str, choices: list[str]) -> str:
     return f"{hint}allowed: {', '.join(sorted(choices))}"
 
 
+def unknown(path: str, model: type[BaseModel]) -> str | None:
+    """What is wrong with a dotted path that no settings have, whatever the kinds of their sections; None of others."""
+    here: list[Any] = [model]
+    for name in path.split("."):
+        fields = [section.model_fields[name] for section in here if name in section.model_fields]
+        if not fields:
+            allowed = {field for section in here for field in section.model_fields}
+            return f"{path}: unknown setting; {nearest(name, sorted(allowed))}"
+        inner = [kind for field in fields for kind in _types(field.annotation)]
+        if Any in inner:  # a mapping of the user's own
+            return None
+        here = [kind for kind in inner if _is_section(kind)]
+    return None
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation, as 'path: what; allowed: …' (and how many more there are)."""
     # An unknown key explains the missing one that it was meant to be, so it goes first.

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from xlc_ray.config import Config, apply_overrides, presets, yaml_text
 from xlc_ray.config.base import Fraction, Name, Settings
-from xlc_ray.config.errors import UserError, explain
+from xlc_ray.config.errors import UserError, explain, unknown
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 AXES = ("choice", "grid", "uniform", "loguniform", "randint")
@@ -208,6 +208,8 @@ class SweepConfig(Settings):
             if inside := [other for other in paths[:i] if other.startswith(f"{path}.")]:
                 raise ValueError(f"space.{path}: would replace {inside[0]}, which stands before it; put it first")
             for asked in axis.when:
+                if wrong := unknown(asked, Config):
+                    raise ValueError(f"space.{path}.when: {wrong}")
                 if late := [other for other in paths[i:] if _related(other, asked)]:
                     raise ValueError(f"space.{path}.when: {asked} is set by {late[0]}, which must stand before it")
         if self.share_activations and self.search.kind == "optuna":

@@ -44,7 +44,8 @@ class Generations(Listed):
 
     def _gather(self) -> None:
         """Trials that wait, as they are now."""
-        self.waiting.extend((trial,) for trial in self._in("waiting"))
+        self.listed = self._in("waiting")
+        self.waiting.extend((trial,) for trial in self.listed)
         if self.sharing:
             super().share(self.sharing[0], *self.sharing[1])
 

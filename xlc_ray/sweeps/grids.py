@@ -7,8 +7,9 @@ Its keys, or the plural ones of its README, become settings of ours. Windows are
     warmup_samples                                  train.lr_schedule.warmup = their share of n_train_samples
     dict_size_to_input_ratio                        dictionary.features = ratio × width that a group reads
 
-Where n_train_samples is not given, trials of other batches train on as many tokens as the base. What stands in
-`sae_specific` counts for the gates that have it. Order: as there, all keys as nested loops in the order of the file.
+Where n_train_samples is not given, trials of other batches train on as many tokens as the base. A setting of
+gates in `sae_specific` counts for the gates that have it. Order: as there, all keys as nested loops in the order of the
+file.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def sections(tree: dict[str, Any], base: Config, origin: str) -> dict[str, Any]:
         axes[name] = value if isinstance(value, list) else [value]
     for name in _known(tree.get(SPECIFIC) or {}, f"{origin}: {SPECIFIC}"):
         name = ALIASES.get(name, name)
-        if name in PLAIN and not hasattr(base.dictionary.gate, PLAIN[name].rsplit(".", 1)[-1]):
+        section, _, setting = PLAIN.get(name, "").rpartition(".")
+        if section == "dictionary.gate" and not hasattr(base.dictionary.gate, setting):
             del axes[name]
     if not axes:
         raise UserError(f"{origin}: holds no list that applies to the gate {base.dictionary.gate.kind}")

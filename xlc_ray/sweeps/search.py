@@ -46,6 +46,7 @@ class Listed:
     """A list, without those that an earlier session finished."""
 
     def __init__(self, listed: list[Trial], board: Board, before: Mapping[str, Row]):
+        self.listed = listed
         self.waiting: deque[Group] = deque((trial,) for trial in listed if board.add(trial, before).state not in DONE)
 
     @property
@@ -53,8 +54,11 @@ class Listed:
         return sum(map(len, self.waiting))
 
     def share(self, stream: Callable[[Trial], Hashable], *most: int | None) -> int:
-        """Put trials of equal streams together, at most so many. The largest size."""
-        self.waiting = deque(grouped(itertools.chain(*self.waiting), stream, *most))
+        """Put trials of equal streams together, at most so many, with whom they were in an earlier session. The largest
+        size."""
+        left = {trial.name for trial in itertools.chain(*self.waiting)}
+        groups = (tuple(t for t in group if t.name in left) for group in grouped(self.listed, stream, *most))
+        self.waiting = deque(group for group in groups if group)
         return max(map(len, self.waiting), default=1)
 
     def part(self, trials: Iterable[Trial]) -> None:

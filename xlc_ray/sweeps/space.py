@@ -6,6 +6,7 @@ axis may change what an earlier one set, and its `when` sees what the earlier on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from xlc_ray import files
 from xlc_ray.config import Config, UserError, apply_overrides
@@ -65,7 +67,8 @@ class Trial:
 
 def trials(sweep: SweepConfig) -> list[Trial]:
     """All trials of a grid or random search, in order; none of a search that decides as it goes. Raises UserError, with
-    the point, on settings that do not fit together or that come twice."""
+    the point, on settings that do not fit together or that come twice, and on an axis that applies nowhere."""
+    _check_conditions(sweep)
     if sweep.search.kind == "optuna":
         return []
     every = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
@@ -129,8 +132,35 @@ def applies(axis: Axis, base: dict[str, Any], changes: Changes) -> bool:
         return True
     tree = apply_overrides(base, changes)
     return all(
-        lookup(tree, path) in (wanted if isinstance(wanted, list) else [wanted]) for path, wanted in axis.when.items()
+        lookup(_with_defaults(tree, path.split(".")[0]), path) in (wanted if isinstance(wanted, list) else [wanted])
+        for path, wanted in axis.when.items()
     )
+
+
+def _with_defaults(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """One section, whole; as it is, where what is set so far makes none."""
+    try:
+        return {name: _section_type(name).dump_python(_section_type(name).validate_python(tree[name]), mode="json")}
+    except ValidationError:
+        return tree
+
+
+@functools.cache
+def _section_type(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(Config.model_fields[name].rebuild_annotation())
+
+
+def _check_conditions(sweep: SweepConfig) -> None:
+    """Of axes whose `when` no range decides: each applies somewhere."""
+    ranges = {path for path, axis in sweep.space.items() if not axis.values}
+    left = {path for path, axis in sweep.space.items() if axis.when and not ranges & axis.when.keys()}
+    points = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
+    for _ in range(MOST_CORNERS if left else 0):
+        if (point := next(points, None)) is None:
+            path = min(left)
+            raise UserError(f"space.{path}.when: {sweep.space[path].when} holds nowhere, so that the axis never varies")
+        if not (left := left - point.keys()):
+            return
 
 
 def lookup(tree: Any, path: str) -> Any:
