@@ -215,6 +215,7 @@ def test_too_little_text_says_so_and_leaves_the_path_free(cluster, config, tmp_p
     assert store.read_plan(fewer.source.path) is None
 
 
+@pytest.mark.slow
 def test_a_killed_model_actor_changes_nothing(cluster, config, tmp_path):
     # Many small chunks, windows one by one: slow enough to be interrupted between two chunks.
     many = {"generate.tokens": 15000, "generate.chunk_tokens": 200, "generate.batch_windows": 1}

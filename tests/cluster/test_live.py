@@ -132,6 +132,7 @@ def test_replicas_share_each_batch_each_in_a_process_of_its_own(stored, prepared
         assert_equal(found[replica], expected(stored, prepared, replica, 2))
 
 
+@pytest.mark.slow
 def test_killed_language_models_change_nothing_and_tee_leaves_the_store_of_generation(reference, prepared):
     path = prepared.source.path
     config = prepared.override(

@@ -49,6 +49,7 @@ def assert_same(got, want):
     pd.testing.assert_frame_equal(got.drop(columns=order), want.drop(columns=order), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_trials_than_fit_give_the_frame_of_one_process_and_all_workers_back(cluster, written, tmp_path):
     """1, 2 and 4 workers a trial, of which the cluster holds 4 at once: shards and replicas change nothing."""
     path = written(space=GATES, changes={"cluster.cpus_per_worker": 1})
