@@ -9,6 +9,8 @@ CONSTRAINTS ?= constraints.txt
 PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -ra --durations=12
 BESIDE := $(VENV)/slow.log
+WITH_RAY := $(VENV)/slow_with_ray.log
+SHELL := bash
 SPREAD := -n $(PROCESSES) --dist loadfile
 
 .PHONY: help install demo test test-slow check format schema clean
@@ -40,8 +42,9 @@ test: install
 
 test-slow: install
 	nice -n 5 $(PYTEST) $(SPREAD) -m "slow and not cluster" > $(BESIDE) 2>&1 & beside=$$!; trap "kill $$beside" INT TERM; \
-	$(PYTEST) -m "slow and cluster"; status=$$?; \
-	wait $$beside || status=1; cat $(BESIDE); exit $$status
+	$(PYTEST) -m "slow and cluster" 2>&1 | tee $(WITH_RAY); status=$${PIPESTATUS[0]}; \
+	wait $$beside || status=1; cat $(BESIDE); echo "those with Ray, beside them, ended so:"; tail -n 15 $(WITH_RAY); \
+	grep -hE "^(FAILED|ERROR|Fatal)" $(BESIDE) $(WITH_RAY); exit $$status
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,21 +1,21 @@
-"""Ray Data: documents → token windows of both splits, in an order that depends on nothing but text and settings.
+"""Documents → token windows of both splits on Ray, in an order that depends on nothing but text and settings.
 
 One task packs `documents_per_task` consecutive documents. One process reads the text, so that a stream from the Hub is
-read once; packing, the slow part, runs on all CPUs. The consumer stops when it has enough, and so does the pipeline.
+read once; packing, the slow part, runs on all CPUs. The consumer stops when it has enough. Tasks of Ray and not a
+pipeline of Ray Data: that is ended early by cancelling its tasks, and one that completes at that very moment aborts the
+process that called (a failed check in Ray 2.60's task manager). Here those under way end by themselves.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import pickle
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray.data
+import ray
 
 from xlc_ray.activations.text import (
     Windows,
@@ -26,26 +26,35 @@ from xlc_ray.activations.text import (
     special_ids,
     token_mask,
 )
-from xlc_ray.cluster.blocks import Tasks, data_context
 from xlc_ray.config import Config, Model, Text
 
 Packed = tuple[Windows, np.ndarray]
 """Windows and the mask of their kept tokens."""
 
-ONE_ROW = 1
-"""Target bytes of a block: less than any row, so that each row (the documents of a task) is a block of its own."""
+AHEAD = 2
+"""Tasks that wait beside one for each CPU, so that none stands still between two."""
+SETTLE_S = 5.0
+"""Seconds that are waited at most for tasks whose windows nobody wants any more."""
 
 
 def tokenized(config: Config) -> Generator[dict[bool, Packed], None, None]:
     """For each run of documents, in order: {held out?: (windows, mask)}. Close the iterator to stop reading."""
-    read = functools.partial(_read, config.text, config.generate.documents_per_task)
-    with ray.data.DataContext.current(data_context(ONE_ROW)):
-        documents = ray.data.read_datasource(Tasks("Text", [read]), override_num_blocks=1, num_cpus=0)
-        pack_task = functools.partial(pack_documents, model=config.model, text=config.text)
-        packed = documents.map_batches(pack_task, batch_size=None, num_cpus=1)
-        packed.set_name("tokenise")
-    for batch in packed.iter_batches(batch_size=None, prefetch_batches=2):
-        yield from (pickle.loads(row) for row in batch["packed"])
+    remote: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Reader)
+    reader = remote.remote(config.text, config.generate.documents_per_task)
+    pack_task = ray.remote(num_cpus=1)(pack_documents).options(name="tokenise")
+    ahead = int(ray.cluster_resources().get("CPU", 1)) + AHEAD
+    asked: deque[ray.ObjectRef] = deque()
+    try:
+        for task in itertools.count():
+            asked.append(pack_task.remote(reader.read.remote(task), config.model, config.text))
+            if len(asked) == ahead:
+                packed = ray.get(asked.popleft())
+                if packed is None:
+                    return
+                yield packed
+    finally:  # the next stage counts the CPUs that are free
+        if asked:
+            ray.wait(list(asked), num_returns=len(asked), timeout=SETTLE_S)
 
 
 def by_split(stream: Iterator[dict[bool, Packed]]) -> dict[bool, Iterator[Packed]]:
@@ -69,24 +78,33 @@ def by_split(stream: Iterator[dict[bool, Packed]]) -> dict[bool, Iterator[Packed
     return {held_out: pull(held_out) for held_out in (True, False)}
 
 
-def _read(text: Text, documents_per_task: int) -> Iterator[pa.Table]:
-    """One row, a list of consecutive documents, at a time; pickled, since a document is text, ids or messages."""
-    documents = read_documents(text)
-    while some := list(itertools.islice(documents, documents_per_task)):
-        yield pa.table({"documents": pa.array([pickle.dumps(some)], pa.large_binary())})
+class Reader:
+    """Documents by runs of `documents_per_task`, in an actor; one that was restarted skips to where it is asked."""
+
+    def __init__(self, text: Text, documents_per_task: int) -> None:
+        self._text, self._run = text, documents_per_task
+        self._documents, self._next = read_documents(text), 0
+
+    def read(self, task: int) -> list[Any]:
+        """The documents of a task, none after the last."""
+        if task < self._next:
+            self._documents, self._next = read_documents(self._text), 0
+        skip = (task - self._next) * self._run
+        self._next = task + 1
+        return list(itertools.islice(self._documents, skip, skip + self._run))
 
 
-def pack_documents(batch: dict[str, np.ndarray], model: Model, text: Text) -> dict[str, list[bytes]]:
+def pack_documents(documents: list[Any], model: Model, text: Text) -> dict[bool, Packed] | None:
+    """Windows and masks of both splits; None without documents."""
+    if not documents:
+        return None
     tokenizer, special = _tokenizer(model)
-    rows = []
-    for documents in map(pickle.loads, batch["documents"]):
-        out: dict[bool, Packed] = {}
-        for held_out in (True, False):
-            chosen = [d for d in documents if is_held_out(d, text.held_out_fraction) is held_out]
-            windows = pack(chosen, tokenizer, text)
-            out[held_out] = windows, token_mask(windows, special, text)
-        rows.append(pickle.dumps(out))
-    return {"packed": rows}
+    out: dict[bool, Packed] = {}
+    for held_out in (True, False):
+        chosen = [d for d in documents if is_held_out(d, text.held_out_fraction) is held_out]
+        windows = pack(chosen, tokenizer, text)
+        out[held_out] = windows, token_mask(windows, special, text)
+    return out
 
 
 @functools.lru_cache(maxsize=2)
