@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from xlc_ray.cluster import cli
-from xlc_ray.config import UserError
+from xlc_ray.config import Config, UserError
+from xlc_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -131,3 +132,15 @@ def test_help_explains_itself_without_a_config():
     section = cli.help_text(["--help", "train"], "About it.", "--config", cli.Options())
     assert "--train.lr (required): Peak learning rate." in section
     assert "--train.loss.sparsity.coefficient" in section
+
+
+@pytest.mark.parametrize("model", [Config, SweepConfig])
+def test_help_sets_sections_apart_and_folds_them_to_the_terminal(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli.help_text(["--help"], "About it.", "--config", cli.Options(), model)
+    listed = shown.split("SECTION):\n")[1].split("\n\n")[0].splitlines()
+    names = [words[0] for line in listed if line[2] != " " and (words := line.split("  ")[1:])]
+    assert names == [*model.model_fields, *(["preset"] if model is Config else [])]
+    assert max(map(len, listed)) <= 80
+    (column,) = {len(line) - len(line.lstrip()) for line in listed if line[2] == " "}
+    assert all(line[column - 1] == " " != line[column] for line in listed)

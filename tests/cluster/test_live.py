@@ -167,22 +167,27 @@ def test_killed_language_models_change_nothing_and_tee_leaves_the_store_of_gener
     assert not language_models()
 
 
-@pytest.mark.slow
-def test_a_killed_worker_goes_on_at_the_right_text(reference, prepared):
-    config = prepared.override({"cluster.replicas": 2})
-    killed = []
+def train_and_kill(config, name: str, checkpoints: int):
+    """Train, and once so many checkpoints are there kill a process of the actors with that name."""
 
-    def kill_one():
-        while not checkpoint.steps(config.out):
-            time.sleep(0.05)
-        killed.append(alive("RayTrainWorker")[0])
-        os.kill(killed[0], signal.SIGKILL)
+    def kill():
+        while len(checkpoint.steps(config.out)) < checkpoints:
+            time.sleep(0.02)
+        os.kill(alive(name)[0], signal.SIGKILL)
+        killed.set()
 
-    killer = threading.Thread(target=kill_one)
+    killed = threading.Event()
+    killer = threading.Thread(target=kill)
     killer.start()
     train(config)
     killer.join()
-    assert killed
+    assert killed.is_set()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_goes_on_at_the_right_text(reference, prepared):
+    config = prepared.override({"cluster.replicas": 2})
+    train_and_kill(config, "RayTrainWorker", checkpoints=1)
     assert_same(config, reference)
     assert not list(Path(config.source.path).glob("chunk_2.hdf5")), "nothing but the sample is stored"
     assert not language_models()
@@ -191,18 +196,7 @@ def test_a_killed_worker_goes_on_at_the_right_text(reference, prepared):
 @pytest.mark.slow
 def test_the_actor_that_holds_the_chunks_is_killed_and_training_goes_on(reference, prepared, capfd):
     config = prepared.override({"cluster.replicas": 2, "cluster.hang_timeout_s": 3600})
-    killed = []
-
-    def kill():
-        while len(checkpoint.steps(config.out)) < 2:  # past the chunks that are held at the beginning
-            time.sleep(0.02)
-        killed.append(alive("Generators")[0])
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    train(config)
-    killer.join()
+    train_and_kill(config, "Generators", checkpoints=2)  # past the chunks that are held at the beginning
     assert_same(config, reference)
     assert "the actor that held the chunks of live training died" in capfd.readouterr().out
 

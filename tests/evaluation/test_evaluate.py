@@ -176,6 +176,8 @@ def test_report_needs_nothing_from_outside(tmp_path, config, evaluation):
     assert "DejaVu" not in page
     assert not any(colour in page for colour in ("#010101", "#020202", "#030303", "#040404"))
     text = " ".join(checker.text)
+    assert {"0.1 %", "1 %", "100 %"} <= set(checker.text)
+    assert "1e-" not in text  # shares, all in the same unit
     assert "Cross-layer transcoder of tiny-austen-gpt2-d64" in text
     for name, form in {"explained_variance": ".4f", "l0": ".1f", "top1_agreement": ".1%"}.items():
         assert format(evaluation[name], form).replace("-", "\u2212").replace("%", "\u2009%") in text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn, get_args, get_origin
@@ -181,15 +183,23 @@ def help_text(argv: list[str], about: str | None, option: str, own: Options, mod
     if field is None:
         lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
-        lines += [f"  {name:<12}{f.description}" for name, f in model.model_fields.items()]
+        sections = {name: f.description or "" for name, f in model.model_fields.items()}
         if model is Config:
-            lines += [
-                f"  {'preset':<12}A paper's or program's settings, under the file's: {', '.join(presets.names())}."
-            ]
+            sections["preset"] = f"A paper's or program's settings, under the file's: {', '.join(presets.names())}."
+        lines += _in_columns(sections)
         lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]
     return "\n".join(lines).strip()
+
+
+def _in_columns(described: dict[str, str]) -> Iterator[str]:
+    """Names, and what they are beside them, folded to the terminal."""
+    column = max(map(len, described)) + 4
+    for name, text in described.items():
+        lines = textwrap.wrap(text, max(40, shutil.get_terminal_size((120, 24)).columns - column))
+        yield f"  {name:<{column - 2}}{lines[0]}"
+        yield from (" " * column + line for line in lines[1:])
 
 
 def _settings(path: str, annotation: Any) -> Iterator[str]:

@@ -160,7 +160,8 @@ def _from_zero(axes: Axes, values: Sequence[float], title: str, room: float = 1.
 
 
 def _decade(exponent: int) -> str:
-    return f"{100 * 10.0**exponent:.10g} %" if exponent >= -4 else f"1e{exponent}"
+    """A share of 10^exponent in per cent."""
+    return f"{100 * 10.0**exponent:.10g} %" if exponent >= -4 else f"1e{exponent + 2} %"
 
 
 def _number(value: Any) -> bool:

@@ -105,7 +105,10 @@ class Proposals:
             self.study.enqueue_trial(params)
             return
         self.left -= 1
-        found = self.optuna.trial.create_trial(params=params, distributions=kinds, values=self._values(kept))
+        values, state, constraints = self._answer(kept)
+        found = self.optuna.trial.create_trial(
+            params=params, distributions=kinds, values=values, state=state, constraints=constraints
+        )
         self.study.add_trial(found)
 
     def next(self) -> Group | None:
@@ -128,14 +131,19 @@ class Proposals:
         return None
 
     def tell(self, row: Row) -> None:
-        asked, values = self.asked.pop(row.trial), self._values(row)
-        if all(map(math.isfinite, values)):
-            self.study.tell(asked, values)
-        else:
-            self.study.tell(asked, state=self.optuna.trial.TrialState.FAIL)
+        asked, (values, state, constraints) = self.asked.pop(row.trial), self._answer(row)
+        for name, excess in constraints.items():
+            asked.set_constraint(name, excess)
+        self.study.tell(asked, values, state)
 
-    def _values(self, row: Row) -> list[float]:
-        return [cost(goal, row.metrics) for goal in self.goals]
+    def _answer(self, row: Row) -> tuple[list[float] | None, Any, dict[str, float]]:
+        """Values of the goals, how the trial ended, and constraints (kept at 0 and below). Of l0 and fvu one holds: a
+        dictionary without active features, sparser than all, must not draw the search."""
+        values = [cost(goal, row.metrics) for goal in self.goals]
+        if not all(map(math.isfinite, values)):
+            return None, self.optuna.trial.TrialState.FAIL, {}
+        constraints = {"fvu below 1": values[1] - 1} if len(values) == 2 else {}
+        return values, self.optuna.trial.TrialState.COMPLETE, constraints
 
     def _point(self, asked: Any) -> Changes:
         def choose(path: str, axis: Axis) -> tuple[Any, ...]:
