@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from xlc_ray.config import Config, load_config
+from tests.cluster.prepared import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -87,23 +87,6 @@ def asset():
 
 
 @pytest.fixture(scope="session")
-def tiny_config(asset):
+def tiny_config():
     """Settings of a quick generation with the smallest model: tiny_config(directory, {dotted override: value})."""
-
-    def make(directory, changes: dict | None = None) -> Config:
-        base = {
-            "out": f"{directory}/run",
-            "source.path": f"{directory}/store",
-            "model.name": asset("tiny-austen-gpt2-d64"),
-            "text.dataset": asset("austen.txt"),
-            "generate.tokens": 5000,
-            "generate.held_out_tokens": 600,
-            "generate.chunk_tokens": 1500,
-            "generate.batch_windows": 8,
-            "generate.documents_per_task": 8,
-            "text.held_out_fraction": 0.2,
-            "cluster.tensor_parallel": 1,
-        }
-        return load_config(os.path.join(ROOT, "configs/quickstart.yaml"), base | (changes or {}))
-
-    return make
+    return tiny

@@ -33,15 +33,16 @@ from tests.activations.build import make
 from tests.cluster import hosts
 from tests.cluster.actors import actors
 from tests.cluster.hosts import Hosts
-from tests.cluster.nodes import ROOT, Job, Nodes, steps_in, wait_for, workers
+from tests.cluster.nodes import Job, Nodes, steps_in, wait_for, workers
+from tests.cluster.prepared import LIVE, STORED, copy_sample, settings_of, tiny
 from tests.cluster.stage import EVERY, NODES, STEPS, Outcome, Stage, equal
 from tests.runs import SITES
 from xlc_ray.activations import store
 from xlc_ray.cluster.sweep import sweep
-from xlc_ray.config import load_config
 from xlc_ray.config.sweep import sweep_of
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.sweeps.result import Sweep
+from xlc_ray.training import train_alone
 
 HANG = 20.0
 
@@ -146,18 +147,14 @@ def worker_hangs(stage: Stage) -> Outcome:
 def model_actor_killed(stage: Stage) -> Outcome:
     """SIGKILL to the language-model actor after the first chunk."""
     stage.nodes.fill(NODES)
-    asset = ROOT / "configs/assets"
     changes = {
-        "model.name": str(asset / "tiny-austen-gpt2-d64"),
-        "text.dataset": str(asset / "austen.txt"),
         "generate.sites": ["mlp_in.0", "mlp_out.3"],
         "generate.tokens": 15000,
-        "generate.held_out_tokens": 600,
         "generate.chunk_tokens": 200,
         "generate.batch_windows": 1,
         "cluster.model_actors": 1,
     }
-    config = load_config(ROOT / "configs/quickstart.yaml", changes)
+    config = tiny(stage.folder, changes)
     path, undisturbed = stage.folder / "activations", stage.folder / "undisturbed_activations"
     first = Job("generate", config.override({"source.path": str(undisturbed)}), stage.nodes)
     assert first.finish() == 0, first.output()
@@ -180,6 +177,48 @@ def model_actor_killed(stage: Stage) -> Outcome:
     assert before < len(chunks(undisturbed)), "in the middle"
     equal = ended and chunks(path) == chunks(undisturbed) and store.open_store(str(path)).manifest.tokens == 15000
     return Outcome("language-model actor killed while generating", ended, equal, round(recovered - failed, 1), 0)
+
+
+def node_killed_under_live_training(stage: Stage) -> Outcome:
+    """All processes of a node that has a rank and a language model; a third node has room for both."""
+    stage.nodes.fill(NODES)
+    changes = {
+        "train.steps": 300,
+        "train.checkpoint_every": 20,
+        "train.log_every": 1,
+        "cluster.cpus_per_worker": 0.6,
+        "cluster.cpus_per_model": 0.4,
+    }
+    stored = settings_of(stage.folder / "live_undisturbed", changes)
+    generating = Job("generate", stored, stage.nodes)
+    assert generating.finish() == 0, generating.output()
+    undisturbed = stored.override({"source": {**STORED, "path": stored.source.path}})
+    train_alone(undisturbed)
+    copied = copy_sample(stored.source.path, stage.folder / "live_store")
+    changes |= {"cluster.replicas": 2, "cluster.model_actors": NODES, "source": {**LIVE, "path": str(copied)}}
+    job = Job("train", settings_of(stage.folder / "live", changes), stage.nodes)
+    every = job.config.train.checkpoint_every
+    job.at_step(every + every // 2)
+
+    def both() -> set[str]:
+        return {actor.node_id for actor in actors("Harvesting")} & {worker.node_id for worker in workers()}
+
+    wait_for("a node with a rank and a language model", both, job)
+    failed = time.monotonic()
+    stage.nodes.kill(both().pop())
+    wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
+    made = len(job.steps())
+    recovered = job.goes_on(made)
+    ended, steps = job.finish() == 0, job.steps()
+    again = steps[made - 1] + 1 - steps[made]
+    same = ended and equal(job.config.out, undisturbed.out)
+    return Outcome(
+        "node with a rank and a language model killed under live training",
+        ended,
+        same,
+        round(recovered - failed, 1),
+        again,
+    )
 
 
 def node_killed_under_a_sweep(stage: Stage) -> Outcome:
@@ -243,6 +282,7 @@ CASES: dict[str, Callable[[Stage], Outcome]] = {
         store_away,
         worker_hangs,
         model_actor_killed,
+        node_killed_under_live_training,
         node_killed_under_a_sweep,
         host_cut_off,
     )

@@ -9,15 +9,34 @@ from typing import Any
 import ray
 import ray.util.state
 
-from xlc_ray.config import Config
+from xlc_ray.config import Config, load_config
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS, CHUNK, BATCH = 6000, 254, 100
 LIVE = {"kind": "live", "sample_tokens": 500, "mix_chunks": 3, "held_chunks": 6, "slice_rows": 16, "window_slices": 12}
 STORED = {"kind": "store", "mix_chunks": 3, "slice_rows": 16, "window_slices": 12}
 SITES = ("mlp_in.0", "mlp_out.0")
 
 
-def settings_of(tiny_config: Any, folder: Any, changes: dict[str, Any] | None = None) -> Config:
+def tiny(directory: Any, changes: dict[str, Any] | None = None) -> Config:
+    """Settings of a quick generation with the smallest model."""
+    base = {
+        "out": f"{directory}/run",
+        "source.path": f"{directory}/store",
+        "model.name": str(CONFIGS / "assets/tiny-austen-gpt2-d64"),
+        "text.dataset": str(CONFIGS / "assets/austen.txt"),
+        "generate.tokens": 5000,
+        "generate.held_out_tokens": 600,
+        "generate.chunk_tokens": 1500,
+        "generate.batch_windows": 8,
+        "generate.documents_per_task": 8,
+        "text.held_out_fraction": 0.2,
+        "cluster.tensor_parallel": 1,
+    }
+    return load_config(CONFIGS / "quickstart.yaml", base | (changes or {}))
+
+
+def settings_of(folder: Any, changes: dict[str, Any] | None = None) -> Config:
     """A run of one transcoder on 24 chunks of two windows, each read alone."""
     base = {
         "generate.tokens": TOKENS,
@@ -32,7 +51,7 @@ def settings_of(tiny_config: Any, folder: Any, changes: dict[str, Any] | None = 
         "train.checkpoint_every": 10,
         "train.precision": "float64",
     }
-    return tiny_config(folder, base | (changes or {}))
+    return tiny(folder, base | (changes or {}))
 
 
 def copy_sample(stored: str, here: Path) -> Path:

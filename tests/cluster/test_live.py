@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,9 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_config):
-    """settings(folder, changes): a run of one transcoder on 24 chunks of two windows, each read alone."""
-    return partial(settings_of, tiny_config)
-
-
-@pytest.fixture(scope="module")
-def stored(cluster, settings, tmp_path_factory):
+def stored(cluster, tmp_path_factory):
     """Settings of training on everything stored, which generation has made."""
-    config = settings(tmp_path_factory.mktemp("stored"))
+    config = settings_of(tmp_path_factory.mktemp("stored"))
     generate(config)
     return config.override({"source": {**STORED, "path": config.source.path}})
 
@@ -52,10 +45,10 @@ def reference(stored):
 
 
 @pytest.fixture
-def prepared(stored, settings, tmp_path):
+def prepared(stored, tmp_path):
     """Settings of live training whose text, held-out part and sample, two chunks, are there."""
     here = copy_sample(stored.source.path, tmp_path / "live")
-    return settings(tmp_path, {"source": {**LIVE, "path": str(here)}})
+    return settings_of(tmp_path, {"source": {**LIVE, "path": str(here)}})
 
 
 def language_models() -> list[int]:

@@ -25,7 +25,7 @@ class Joined(Exception):
 
 
 @pytest.fixture
-def prepared(tiny_config, tmp_path, monkeypatch):
+def prepared(tmp_path, monkeypatch):
     """settings(changes): of live training on text of three chunks, a sample of two, and a held-out part."""
 
     def join():
@@ -33,7 +33,7 @@ def prepared(tiny_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "connect", join)
     path = tmp_path / "live"
-    settings = partial(settings_of, tiny_config, tmp_path)
+    settings = partial(settings_of, tmp_path)
     config = settings({"source": {**LIVE, "path": str(path)}})
     widths = plan.site_widths(config)
     make(path / "held_out", [40], sites=widths)

@@ -41,9 +41,9 @@ HALVING = {"asha": {"grace": RUNG, "rungs": [RUNG], "reduction": 2}, "search": {
 
 
 @pytest.fixture(scope="module")
-def stored(cluster, tiny_config, tmp_path_factory):
+def stored(cluster, tmp_path_factory):
     """Settings of training on everything stored, which generation has made."""
-    config = settings_of(tiny_config, tmp_path_factory.mktemp("stored"), {"train.steps": STEPS, "train.keep": 10})
+    config = settings_of(tmp_path_factory.mktemp("stored"), {"train.steps": STEPS, "train.keep": 10})
     generate(config)
     return config.override({"source": {**STORED, "path": config.source.path}})
 
