@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.cluster.faults import CASES, possible
+from tests.cluster.cases import CASES
+from tests.cluster.faults import possible
 from tests.cluster.nodes import ROOT
 from tests.cluster.stage import EVERY
 
