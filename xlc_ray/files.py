@@ -194,7 +194,7 @@ def makedirs(path: str) -> None:
 def remove(path: str) -> None:
     """Remove a file or a whole directory, if it is there."""
     fs, inner = filesystem(path)
-    if exists(path):
+    if exists(path) or fs.isdir(inner):
         again(path, lambda: fs.rm(inner, recursive=True))
 
 

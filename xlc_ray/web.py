@@ -19,6 +19,8 @@ from fsspec import AbstractFileSystem, register_implementation
 from xlc_ray.config import UserError
 
 SCHEMES = ("xlc+http", "xlc+https")
+_INSIDE = ("text", "moments", "records")  # directories of a store
+_FILES = (".json", ".bin", ".hdf5", ".h5", ".npz")  # endings of its files
 ATTEMPTS = 6
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 8.0
@@ -133,9 +135,15 @@ class ServedFileSystem(AbstractFileSystem):
                 "PUT", f"/files/{quote(rpath)}", file, {"Content-Length": str(os.fstat(file.fileno()).st_size)}
             )
 
+    def isdir(self, path: str) -> bool:
+        """Whether it is a store, or a directory of one, that has files."""
+        return not path.endswith(_FILES) and any(self.ls(inner, detail=False) for inner in _directories(path))
+
     def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove a file: a client has no say over directories."""
-        self.web.ask("DELETE", f"/files/{quote(path)}")
+        """Remove a file, or all files of a store or of a directory of one; what else is there is not a client's."""
+        inside = _directories(path) if recursive and not path.endswith(_FILES) else ()
+        for file in [file for inner in inside for file in self.ls(inner, detail=False)] if inside else [path]:
+            self.web.ask("DELETE", f"/files/{quote(file)}")
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing: the server makes directories as files come."""
@@ -153,6 +161,12 @@ class ServedFileSystem(AbstractFileSystem):
     def route(self, dataset: str) -> str:
         """Path of a dataset in crosslayer-coding's protocol: its id is one segment."""
         return f"/datasets/{quote(dataset, safe='')}"
+
+
+def _directories(path: str) -> list[str]:
+    """Where the files of a store are; a directory of one is alone."""
+    inside = path.rsplit("/", 1)[-1] in _INSIDE
+    return [path] if inside else [*(f"{path}/{name}" for name in _INSIDE), path]
 
 
 for _scheme in SCHEMES:

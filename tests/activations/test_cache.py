@@ -86,3 +86,4 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/cache: cannot be written: Not a directory"):
         DiskCache(str(tmp_path / "file/cache"), 1000).put("a", b"x")
+    assert DiskCache(str(tmp_path / "file/cache"), 1000).get("a", 1) is None  # after which `put` tells

@@ -13,12 +13,13 @@ import torch
 from tests.activations import test_foreign as foreign
 from tests.activations.build import SITES, make, write
 from xlc_ray import files
-from xlc_ray.activations import source, store
+from xlc_ray.activations import http, source, store
 from xlc_ray.activations.order import Order
 from xlc_ray.config import UserError
 from xlc_ray.config.sources import HttpSource
 from xlc_ray.serving.places import Terms
 from xlc_ray.serving.server import running
+from xlc_ray.web import ServedFileSystem
 
 CHUNKS = [50, 50, 50, 17]
 TERMS = Terms(1 << 26, 1 << 24, 1 << 18)
@@ -85,6 +86,53 @@ def test_a_store_is_written_there_and_goes_on_where_it_was(served):
     write(path, 2, CHUNKS[2], 100)
     made.verify()
     assert not [name for name in files.listdir(path) if "part" in name]
+
+
+def test_a_directory_of_it_is_removed_there_file_by_file(served):
+    url, root = served
+    there = f"xlc+{url}/removed"
+    make(root / "removed", [9])
+    make(root / "kept", [9])
+    kept = sorted(path for path in (root / "kept").rglob("*") if path.is_file())
+    files.remove(f"{there}/text")
+    assert not list((root / "removed/text").iterdir())
+    assert (root / "removed/manifest.json").exists()
+    files.remove(there)
+    assert not [path for path in (root / "removed").rglob("*") if path.is_file()]
+    assert sorted(path for path in (root / "kept").rglob("*") if path.is_file()) == kept
+    files.remove(there)  # where nothing is
+
+
+def test_a_server_takes_no_chunks_whose_rows_it_could_not_give(served):
+    url, root = served
+    with pytest.raises(UserError, match="cannot give rows of bfloat16_zstd; allowed there: bfloat16"):
+        store.begin(f"xlc+{url}/zstd", {"dtype": "bfloat16_zstd"})
+    assert not (root / "zstd").exists()
+
+
+def test_answers_are_bounded_in_bytes(served, monkeypatch):
+    url, root = served
+    here = make(root / "wide", [300, 40])
+    monkeypatch.setattr(http, "_REQUEST", 4096)
+    asked = []
+
+    def slice_of(fs, dataset, chunk, rows, sites):
+        asked.append(fetch(fs, dataset, chunk, rows, sites))
+        return asked[-1]
+
+    fetch = ServedFileSystem.slice
+    monkeypatch.setattr(ServedFileSystem, "slice", slice_of)
+    there = store.open_source(HttpSource(url=url, dataset_id="wide"))
+    found = there.read(0, 0, 300, list(SITES))
+    assert all(np.array_equal(found[site], values) for site, values in here.read(0, 0, 300, list(SITES)).items())
+    assert max(map(len, asked)) <= 4096 < sum(map(len, asked))
+
+
+@pytest.mark.parametrize("url", ["host:8000", "http://", "http://h:1/prefix", "https://user@h", "http://h:1/?x=1"])
+def test_a_url_is_a_server_alone(url):
+    with pytest.raises(ValueError, match=r"should be http://host:port"):
+        HttpSource(url=url, dataset_id="x")
+    assert HttpSource(url="http://h:1/", dataset_id="x").url == "http://h:1"
 
 
 def test_altered_chunk_is_found_by_the_servers_checksum(served):

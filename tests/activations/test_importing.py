@@ -176,6 +176,20 @@ def mistakes(directory):
     torch.save(x.long(), directory / "whole.pt")
     torch.save(Harmful(), directory / "code.pt")
     torch.save([x], directory / "list.pt")
+    torch.save(x.to_sparse(), directory / "sparse.pt")
+    torch.save({3: x}, directory / "numbered.pt")
+    torch.save(x[:, :0].clone(), directory / "narrow.pt")
+    np.savez(directory / "several.npz", x=x.numpy())
+    (directory / "several.npz").rename(directory / "several.npy")
+    (directory / "folder.pt").mkdir()
+    for name in ("empty.parquet", "empty.npy", "empty.pt"):
+        (directory / name).touch()
+    pq.write_table(
+        pa.table({"a": pa.FixedSizeListArray.from_arrays(pa.array(x.flatten().numpy()), WIDTH)}),
+        directory / "cut.parquet",
+    )
+    raw = (directory / "cut.parquet").read_bytes()
+    (directory / "cut.parquet").write_bytes(raw[:4] + bytes(400) + raw[404:])
     (directory / "text.csv").write_text("1,2")
     (directory / "text.npy").write_text("1,2")
     (directory / "text.arrow").write_text("1,2")
@@ -191,6 +205,15 @@ def mistakes(directory):
         "layers.pt:name": r"name: of shape \[23, 10, 6\]; allowed: 0 to 9",
         "whole.pt": "holds int64; allowed: bfloat16, float16, float32, float64",
         "code.pt": "code.pt: not tensors alone",
+        "sparse.pt": "holds a sparse tensor; save it dense",
+        "numbered.pt:2": "2: FILE:COLUMN; allowed: 3",
+        "narrow.pt": "narrow.pt: rows of no numbers",
+        "several.npy": "several arrays",
+        "folder.pt": "folder.pt: no such file",
+        "empty.parquet": r"empty.parquet: cannot be read as \.parquet: ",
+        "empty.npy": r"empty.npy: cannot be read as \.npy: ",
+        "empty.pt": r"empty.pt: (not tensors alone|cannot be read)",
+        "cut.parquet": r"cut.parquet: cannot be read as \.parquet: ",
         "list.pt": r"holds list; needs \[rows, width\]",
         "text.csv": "unknown ending; allowed: .pt",
         "text.npy": "not an array",
@@ -209,6 +232,11 @@ def test_mistakes_are_one_line(tmp_path, capfd):
     with pytest.raises(UserError, match="3 bytes are no whole number of float16"):
         find_rows(str(tmp_path / "odd.parquet:raw"), "float16")
     assert "run" not in capfd.readouterr().out, "nothing pickled is run"
+    (found, _) = find_rows(str(tmp_path / "numbered.pt:3"), None)
+    assert torch.equal(torch.cat(list(found.blocks())), values())
+    with pytest.raises(UserError, match="--seed of 0 or more"):
+        import_store(str(tmp_path / "store"), "tiny", [("mlp_in.0", "x.pt")], **DEFAULTS | {"seed": -1})
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_single_row_is_for_training(tmp_path):

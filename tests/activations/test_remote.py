@@ -11,9 +11,11 @@ import torch
 from tests.activations.build import SITES, make
 from tests.activations.static import serve
 from xlc_ray import files, web
-from xlc_ray.activations import source, store
+from xlc_ray.activations import ranges, source, store
 from xlc_ray.activations.cache import BLOCK, DiskCache
+from xlc_ray.activations.manifest import ChunkRecord
 from xlc_ray.activations.order import Order
+from xlc_ray.activations.ranges import Span
 from xlc_ray.config import UserError
 from xlc_ray.config.sources import Cache, HttpSource, StoreSource
 
@@ -119,6 +121,23 @@ def test_a_cache_serves_what_was_read_and_nothing_older(tmp_path, local, server)
     remade = store.Store(again.path, again.manifest.model_copy(update={"chunks": tuple(records)}), again.cache)
     remade.read(0, 0, 1, ["mlp_in.0"])
     assert len(server.asked) == 1
+
+
+def test_small_pieces_hold_no_more_than_the_bound_beside_a_cache(tmp_path, monkeypatch):
+    """A block is fetched for each piece, however small, and counts whole."""
+    record = ChunkRecord(index=0, file="x", rows=1, bytes=100 * BLOCK, checksum="x", offsets={})
+    spans = [Span(record, n * BLOCK + 10, n * BLOCK + 30) for n in range(100)]
+    batches = []
+
+    def fetch(path, asked):
+        batches.append(sum(span.stop - span.start for span in asked))
+        return [bytes([span.start // BLOCK]) * (span.stop - span.start) for span in asked]
+
+    monkeypatch.setattr(ranges, "fetch", fetch)
+    monkeypatch.setattr(ranges, "_TOGETHER", 8 * BLOCK)
+    found = list(ranges.read("s3://x", spans, DiskCache(str(tmp_path), 1 << 30)))
+    assert found == [bytes([n]) * 20 for n in range(100)]
+    assert max(batches) == 8 * BLOCK
 
 
 def test_cut_and_foreign_files_in_a_cache_count_as_missing(tmp_path, local, server):

@@ -71,6 +71,7 @@ def test_the_job_says_where_it_is_or_in_a_line_why_not(tmp_path):
     for words, line in [
         (("--port", port), f"--port {port}: cannot listen"),
         (("--token-env", "NO_SUCH_TOKEN"), "--token-env: the environment variable NO_SUCH_TOKEN is not set"),
+        (("--nodes", "CPU", "--host", "0.0.0.0"), "--host: 0.0.0.0; with --nodes each actor listens at its node's own"),
         (("--max-rows", "0"), "--max-rows: 0 should be at least 1"),
     ]:
         refused = job("--root", str(tmp_path), *words)

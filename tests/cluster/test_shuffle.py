@@ -81,6 +81,11 @@ def test_the_held_out_part_is_copied_whole_from_directories_and_servers(tmp_path
 
 
 def test_mistakes_are_named(cluster, old, tmp_path):
+    with pytest.raises(UserError, match="--seed: -1; allowed: 0 or more"):
+        shuffle(old.path, str(tmp_path / "new"), -1)
+    with pytest.raises(UserError, match="--workers: 0; allowed: 1 or more"):
+        shuffle(old.path, str(tmp_path / "new"), 0, workers=0)
+    assert not (tmp_path / "new").exists()
     shuffle(old.path, str(tmp_path / "new"), seed=3)
     assert shuffle(old.path, str(tmp_path / "new"), seed=3).sites == SITES  # the same again is fine
     with pytest.raises(UserError, match=r"was made with shuffled\.seed = 3, not 4"):

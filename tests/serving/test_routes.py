@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from dataclasses import replace
+from urllib.parse import quote
 
 import h5py
 import numpy as np
@@ -221,6 +222,11 @@ def test_a_complete_store_of_ours_is_not_changed_by_their_route(client):
     client.upload(ID, 0, chunk()[0])
     client.session.put(f"{client.url}/files/{ID}/manifest.json", data=b"{}")
     assert client.upload(ID, 0, chunk(seed=5)[0]).status_code == 409
+    route, index = f"{client.url}/datasets/{quote(ID, safe='')}", {"manifest_file": b"\0" * 16}
+    assert client.session.post(f"{route}/manifest", files=index).status_code == 409
+    for name in ("metadata", "norm_stats"):
+        assert client.session.post(f"{route}/{name}", json={"x": 1}).status_code == 409
+    assert {path.name for path in (client.root / ID).iterdir()} == {"chunk_0.hdf5", "manifest.json"}
 
 
 def test_ranges_of_files(client):

@@ -38,7 +38,7 @@ class DiskCache:
             if len(data) == size:
                 os.utime(place)
                 return data
-        except FileNotFoundError:
+        except OSError:  # not there; of a path that cannot be read `put` tells
             pass
         return None
 

@@ -19,7 +19,7 @@ from xlc_ray.activations.manifest import ChunkRecord, Manifest, SiteStatistics
 from xlc_ray.config import UserError
 from xlc_ray.web import ServedFileSystem
 
-_ROWS = 8192  # of a request
+_REQUEST = 8 << 20  # bytes of an answer, at most, but for a row
 _REQUESTS = 8  # at once
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,11 +31,13 @@ def fill(
     fs, dataset = _served(path)
     ours = manifest.fingerprint is not None
     sites = list(out) if ours else list(manifest.sites)
+    row_bytes = sum(manifest.sites[site] for site in sites) * next(iter(out.values())).itemsize
+    most = min(8192, max(1, _REQUEST // row_bytes))
     cuts = np.flatnonzero(np.diff(chunk)) + 1
     parts = [
-        part[start : start + _ROWS]
+        part[start : start + most]
         for part in np.split(np.arange(len(row)), cuts)
-        for start in range(0, len(part), _ROWS)
+        for start in range(0, len(part), most)
     ]
 
     def copy(part: np.ndarray) -> None:

@@ -42,8 +42,10 @@ def import_store(
     manifest}; without the second where no row is held out. Raises UserError on sites that are none or of unequal rows,
     and on files that are missing or hold something else.
     """
-    if not sites or chunk_tokens < 1 or not 0 <= held_out_fraction < 1:
-        raise UserError("import: needs a --site, --chunk-tokens of 1 or more and --held-out-fraction in [0, 1)")
+    if not sites or chunk_tokens < 1 or not 0 <= held_out_fraction < 1 or seed < 0:
+        raise UserError(
+            "import: needs a --site, --chunk-tokens of 1 or more, --held-out-fraction in [0, 1) and --seed of 0 or more"
+        )
     origin = dict(sites)
     if len(origin) < len(sites):
         raise UserError("import: two of --site have one name; all files of a site are one glob")

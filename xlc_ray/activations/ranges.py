@@ -53,12 +53,12 @@ def _span(manifest: Manifest, chunk: int, rows: np.ndarray, site: str, values: n
 
 
 def read(path: str, spans: Sequence[Span], cache: DiskCache | None) -> Iterator[bytes]:
-    """The bytes of each span, in order; no more than `_TOGETHER` of them (and a span) are held."""
+    """The bytes of each span, in order; no more than `_TOGETHER` of what is fetched for them (and a span) are held."""
     batch: list[Span] = []
-    size = 0
+    size, unit = 0, 1 if cache is None else BLOCK
     for span in spans:
         batch.append(span)
-        size += span.stop - span.start
+        size += (-(-span.stop // unit) - span.start // unit) * unit  # blocks that two of them share count twice
         if size >= _TOGETHER:
             yield from _read_batch(path, batch, cache)
             batch, size = [], 0

@@ -11,9 +11,11 @@ Files of a glob follow each other by the numbers in their names: 2.pt before 10.
 from __future__ import annotations
 
 import glob
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +50,37 @@ def find_rows(where: str, binary: str | None) -> tuple[Rows, list[str]]:
     Raises UserError, one line, where there is no such file or column, or it holds something else.
     """
     pattern, column = _split(where)
-    files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern), key=_natural)
+    files = [pattern] if Path(pattern).is_file() else sorted(filter(os.path.isfile, glob.glob(pattern)), key=_natural)
     if not files:
         raise UserError(f"{pattern}: no such file")
-    parts = [_open(file, column, binary) for file in files]
+    parts = []
+    for file in files:
+        with _reading(file):
+            parts.append(_open(file, column, binary))
     for file, part in zip(files, parts, strict=True):
+        if not part.width:
+            raise UserError(f"{file}: rows of no numbers")
         if (part.width, part.dtype) != (parts[0].width, parts[0].dtype):
             raise UserError(
                 f"{file}: rows of {part.width} {part.dtype}, {files[0]} has {parts[0].width} {parts[0].dtype}"
             )
 
     def blocks() -> Iterator[Tensor]:
-        for part in parts:
-            yield from part.blocks()
+        for file, part in zip(files, parts, strict=True):
+            with _reading(file):
+                yield from part.blocks()
 
     return Rows(sum(part.count for part in parts), parts[0].width, parts[0].dtype, blocks), files
+
+
+@contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Whatever the libraries raise of a file that is damaged or of another kind, as one line that names it."""
+    try:
+        yield
+    except (OSError, EOFError, pa.ArrowException, NotImplementedError, RuntimeError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{file}: cannot be read as {Path(file).suffix}: {said}") from None
 
 
 def _split(where: str) -> tuple[str, str | None]:
@@ -110,7 +128,8 @@ def _load(file: str) -> Any:
 def _named(found: Any, column: str | None, file: str) -> Any:
     if not isinstance(found, Mapping):
         return found if column is None else _layer(found, column, file)
-    return found[_column([str(name) for name, value in found.items() if isinstance(value, Tensor)], column, file)]
+    named = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return named[_column(list(named), column, file)]
 
 
 def _layer(found: Any, column: str, file: str) -> Any:
@@ -127,6 +146,8 @@ def _load_npy(file: str) -> Any:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{file}: not an array: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise UserError(f"{file}: several arrays (.npz); save each as .npy")
     if found.dtype.name not in FLOATS:
         raise UserError(f"{file}: holds {found.dtype}; allowed: float16, float32, float64")
     return found
@@ -139,6 +160,8 @@ def _of_tensor(found: Any, file: str) -> Rows:
     name = str(found.dtype).removeprefix("torch.")
     if name not in FLOATS:
         raise UserError(f"{file}: holds {name}; allowed: {', '.join(FLOATS)}")
+    if isinstance(found, Tensor) and found.layout != torch.strided:
+        raise UserError(f"{file}: holds a sparse tensor; save it dense")
     found = found.detach() if isinstance(found, Tensor) else found  # of parameters
     flat = found.reshape(-1, found.shape[-1]) if found.ndim > 2 else found  # as it lies: a copy would be whole
 

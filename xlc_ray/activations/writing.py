@@ -26,6 +26,7 @@ from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, 
 from xlc_ray.activations.sites import of_base
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Config, UserError
+from xlc_ray.web import SCHEMES
 
 _BLOCK = 2048  # rows that are float64 at a time
 _MOMENTS = [field.name for field in fields(Moments)]
@@ -58,6 +59,10 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 def begin(path: str, identity: Mapping[str, Any]) -> None:
     """Claim a directory for this content. Raises UserError where it holds, or was begun with, another."""
+    if identity["dtype"] == lossless.DTYPE and path.startswith(SCHEMES):
+        raise UserError(
+            f"{path}: a server cannot give rows of {lossless.DTYPE}; allowed there: bfloat16, float16, float32"
+        )
     name = files.join(path, "identity.json")
     if files.exists(name):
         compare(path, files.read_mapping(name), identity)

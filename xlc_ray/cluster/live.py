@@ -118,6 +118,7 @@ def live_batches(
             refs = ray.get(generators.chunks.remote(asker, w, [c for _, c in new], first))
             first = False
             held |= {key: ray.get(ref) for key, ref in zip(new, refs, strict=True)}
+            del refs
             yield _rows({c: values for (_, c), values in held.items()}, chunk, row, sites)
         held.clear()
         ray.get(generators.done.remote(asker))

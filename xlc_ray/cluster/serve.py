@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xlc_ray.cluster.cli import Options
-from xlc_ray.cluster.session import connect
+from xlc_ray.cluster.session import connect, run_path
 from xlc_ray.config import UserError
 from xlc_ray.serving.places import Terms
 
@@ -21,7 +21,7 @@ def options(description: str | None) -> Options:
     """The options of `jobs/serve.py`."""
     found = Options(description)
     found.add_argument("--root", required=True, metavar="DIR", help="the folder whose datasets are served")
-    found.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all (default: this machine)")
+    found.add_argument("--host", help="address to listen at; 0.0.0.0: all (default: 127.0.0.1, this machine alone)")
     found.add_argument("--port", type=int, default=8000)
     found.add_argument("--token-env", metavar="NAME", help="environment variable with the token that clients must bear")
     found.add_argument("--max-chunk-bytes", type=int, default=8 * GIB, help="of an uploaded file (default: 8 GiB)")
@@ -36,7 +36,7 @@ def options(description: str | None) -> Options:
 
 def serve(
     root: str,
-    host: str,
+    host: str | None,
     port: int,
     token_env: str | None,
     nodes: str | None,
@@ -46,15 +46,17 @@ def serve(
     row_index: bool,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises UserError where the address, folder or token cannot be used."""
-    found = _server()
+    found, root = _server(), run_path(root)
     token, terms = found.token_of(token_env), Terms(max_chunk_bytes, max_json_bytes, max_rows, row_index)
     if nodes:
+        if host is not None:
+            raise UserError(f"--host: {host}; with --nodes each actor listens at its node's own address")
         serving = serve_nodes(nodes, root, token, terms, port)
         print("\n".join(f"serving {root} at {url}" for url in serving.urls), flush=True)
         _until_told()
         serving.stop()
         return
-    server, door = found.make_server(root, token, terms), found.listen(host, port)
+    server, door = found.make_server(root, token, terms), found.listen(host or "127.0.0.1", port)
     print(f"serving {root} at {found.address(door)}{' (token needed)' if token else ''}", flush=True)
     server.run(sockets=[door])
 
@@ -87,14 +89,17 @@ class Serving:
 
 
 def serve_nodes(resource: str, root: str, token: str | None, terms: Terms, port: int) -> Serving:
-    """Serve `root`, a folder of each node's own, on every node that has some of `resource`. Raises UserError."""
+    """Serve `root`, a folder of each node's own, on every node that has some of `resource`. Ray starts an actor that
+    dies again. Raises UserError."""
     connect()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
     if not nodes:
         raise UserError(f"--nodes {resource}: no node of the cluster has this resource")
     where = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     actors = [
-        ray.remote(_Server).options(num_cpus=0, scheduling_strategy=place).remote(root, token, terms, host, port)
+        ray.remote(_Server)
+        .options(num_cpus=0, scheduling_strategy=place, max_restarts=-1, max_task_retries=-1)
+        .remote(root, token, terms, host, port)
         for place, host in zip(where, [node["NodeManagerAddress"] for node in nodes], strict=True)
     ]
     return Serving(actors)

@@ -28,8 +28,12 @@ def shuffle(path: str, out: str, seed: int, chunk_tokens: int | None = None, wor
     a chunk of all sites. Interrupted, the same call goes on. Returns the new store's manifest. Raises
     UserError where `path` has no store or one of int8, or `out` something else.
     """
-    if (workers or 1) < 1 or (chunk_tokens or 1) < 1:
-        raise UserError(f"--workers, --chunk-tokens: {workers}, {chunk_tokens}; allowed: 1 or more")
+    if seed < 0:
+        raise UserError(f"--seed: {seed}; allowed: 0 or more")
+    given = {"--workers": workers, "--chunk-tokens": chunk_tokens}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}: {value}; allowed: 1 or more")
     old = open_store(run_path(path))
     if old.dtype == "int8":
         raise UserError(f"{path}: int8 rows would be rounded a second time; shuffle a store of another generate.dtype")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -10,7 +11,8 @@ from xlc_ray.config.base import Name, Settings
 
 
 def _server(url: str) -> str:
-    if not url.startswith(("http://", "https://")) or "@" in url:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or "@" in url or parts.path.strip("/") or parts.query or not parts.netloc:
         raise ValueError(f"{url!r} should be http://host:port or https://host:port")
     return url.rstrip("/")
 

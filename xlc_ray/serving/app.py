@@ -80,7 +80,7 @@ def _guard(token: str | None) -> Callable[[Request], Awaitable[None]]:
 def _add_reading(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.post("/datasets/{dataset_id:path}/slice", openapi_extra=_takes(JSON, _ROWS))
     async def slice_of(dataset_id: Id, request: Request, chunk: Chunk, sites: Sites = None) -> Response:
-        rows = _rows(await uploads.Body(request, 16 * terms.rows).whole(), terms.rows)
+        rows = _rows(await uploads.Body(request, 64 + 16 * terms.rows).whole(), terms.rows)
         path = places.chunk(dataset_id, chunk)
         found = await to_thread.run_sync(Slice, path, rows, None if sites is None else sites.split(","))
         return StreamingResponse(iter(found), media_type=OCTETS, headers={"Content-Length": str(found.length)})
@@ -103,10 +103,7 @@ def _add_reading(routes: APIRouter, places: Places, terms: Terms) -> None:
 def _add_uploads(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.post("/datasets/{dataset_id:path}/chunks/{index}", status_code=201, openapi_extra=_form("chunk_file"))
     async def chunk(dataset_id: Id, index: Index, request: Request, x_num_tokens: Tokens = None) -> dict[str, str]:
-        directory = places.dataset(dataset_id)
-        if (directory / "manifest.json").exists():
-            raise Refusal(409, "a complete store of xlc_ray, whose manifest knows its chunks; upload to another id")
-        target = directory / f"chunk_{index}.hdf5"
+        target = _open(places.dataset(dataset_id)) / f"chunk_{index}.hdf5"
         blocks = uploads.multipart_file(request, "chunk_file", terms.chunk_bytes)
         async with uploads.received(blocks, target) as partial:
             await to_thread.run_sync(_check_chunk, partial)
@@ -116,8 +113,8 @@ def _add_uploads(routes: APIRouter, places: Places, terms: Terms) -> None:
 
     @routes.post("/datasets/{dataset_id:path}/manifest", status_code=201, openapi_extra=_form("manifest_file"))
     async def manifest(dataset_id: Id, request: Request) -> dict[str, str]:
-        target = places.dataset(dataset_id) / "index.bin"
-        blocks = uploads.multipart_file(request, "manifest_file", terms.chunk_bytes)
+        target = _open(places.dataset(dataset_id)) / "index.bin"
+        blocks = uploads.multipart_file(request, "manifest_file", terms.json_bytes)
         async with uploads.received(blocks, target) as partial:
             size = partial.stat().st_size
             if not size or size % 8:
@@ -129,13 +126,13 @@ def _add_uploads(routes: APIRouter, places: Places, terms: Terms) -> None:
         "/datasets/{dataset_id:path}/metadata", status_code=201, openapi_extra=_takes(JSON, {"type": "object"})
     )
     async def metadata(dataset_id: Id, request: Request) -> dict[str, str]:
-        return await _put_json(request, places.dataset(dataset_id) / "metadata.json", terms)
+        return await _put_json(request, _open(places.dataset(dataset_id)) / "metadata.json", terms)
 
     @routes.post(
         "/datasets/{dataset_id:path}/norm_stats", status_code=201, openapi_extra=_takes(JSON, {"type": "object"})
     )
     async def norm_stats(dataset_id: Id, request: Request) -> dict[str, str]:
-        return await _put_json(request, places.dataset(dataset_id) / "norm_stats.json", terms)
+        return await _put_json(request, _open(places.dataset(dataset_id)) / "norm_stats.json", terms)
 
 
 def _add_files(routes: APIRouter, places: Places, terms: Terms) -> None:
@@ -171,6 +168,13 @@ def _add_files(routes: APIRouter, places: Places, terms: Terms) -> None:
     @routes.get("/list/{path:path}")
     def names(path: Annotated[str, InPath()]) -> dict[str, list[str]]:
         return {"names": places.names(path)}
+
+
+def _open(dataset: Path) -> Path:
+    """A dataset that takes uploads by crosslayer-coding's routes."""
+    if (dataset / "manifest.json").exists():
+        raise Refusal(409, "a complete store of xlc_ray, whose manifest knows its chunks; upload to another id")
+    return dataset
 
 
 def _there(path: Path) -> Path:
@@ -248,6 +252,8 @@ async def _unwritten(request: Request, error: Exception) -> Response:
         return _says(507, "the disk is full")
     if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG):
         return _says(409, "something of another kind has this name")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return _says(409, "the server may not do that in its folder")
     raise error
 
 

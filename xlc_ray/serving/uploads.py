@@ -96,6 +96,8 @@ class _Form:
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
+        if len(self._name) + len(self._value) > _OVERHEAD:  # python-multipart has a limit only since some version
+            raise Refusal(413, f"a header of the form has more than {_OVERHEAD} bytes")
 
     def _header_end(self) -> None:
         if self._name.lower() == b"content-disposition" and not self.found:
