@@ -1,4 +1,4 @@
-"""A wiring of your own: a cross-layer transcoder whose features write no further than `reach` layers ahead.
+"""A wiring of your own: a cross-layer transcoder whose features write `reach` layers, their own included.
 
     python jobs/train.py --config configs/quickstart.yaml --out=runs/near \
         --dictionary.wiring='{kind: custom, path: "examples.own_wiring:near", options: {reach: 2}}'

@@ -155,6 +155,14 @@ def test_token_ids_of_another_vocabulary_are_refused(tokenizer, ids, shown):
         T.pack([[1, 2], ids], tokenizer, text)
 
 
+@pytest.mark.parametrize("ids", [[None], [3, None]])
+def test_token_ids_that_are_null_are_refused(tmp_path, tokenizer, ids):
+    path = write(tmp_path / "x.jsonl", [{"ids": [1, 2]}, {"ids": ids}])
+    text = Text(dataset=path, column="ids")
+    with pytest.raises(UserError, match=r"'ids' of .*: token id null is not of any tokenizer; allowed: 0 to 1023"):
+        T.pack(list(read_documents(text)), tokenizer, text)
+
+
 def test_token_ids_that_are_windows_must_fit(tokenizer):
     text = Text(dataset="x", context=8, windows="one_per_document")
     assert T.pack([[5] * 7, [tokenizer.bos_token_id, *[5] * 7]], tokenizer, text).length.tolist() == [8, 8]
@@ -194,6 +202,13 @@ def test_conversations_that_a_template_refuses_name_their_roles(chatty):
     chatty.chat_template = "{{ raise_exception('Roles must\nalternate') }}"
     with pytest.raises(UserError, match=r"refuses messages of user, assistant: Roles must alternate"):
         T.pack([CHAT], chatty, Text(dataset="x"))
+
+
+def test_content_in_parts_that_a_template_takes_for_text_is_one_line(chatty):
+    chatty.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Who is rich?"}]}]
+    with pytest.raises(UserError, match=r"'text' of x: the chat template of .* refuses messages of user: .*list"):
+        T.pack([parts], chatty, Text(dataset="x"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -20,7 +20,7 @@ def tokenizer():
 
 def ids(tokenizer, documents):
     eos = tokenizer.eos_token_id
-    return [i for d in documents for i in [*tokenizer(d, add_special_tokens=False)["input_ids"], eos]]
+    return [i for d in documents if d for i in [*tokenizer(d, add_special_tokens=False)["input_ids"], eos]]
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -40,6 +40,17 @@ def test_pack_of_nothing_is_no_window(tokenizer):
     windows = T.pack([], tokenizer, Text(dataset="x", context=8))
     assert windows.tokens.shape == (0, 8)
     assert len(windows.length) == 0
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_packed_documents_that_hold_nothing_add_no_token(tokenizer, bos):
+    text = Text(dataset="x", context=8, prepend_bos=bos)
+    nothing = ["", None, [], *([[tokenizer.bos_token_id]] if bos else [])]
+    assert len(T.pack(nothing, tokenizer, text)) == 0
+    expected = T.pack(DOCUMENTS[:2], tokenizer, text)
+    windows = T.pack([*nothing, DOCUMENTS[0], *nothing, DOCUMENTS[1], *nothing], tokenizer, text)
+    assert np.array_equal(windows.tokens, expected.tokens)
+    assert np.array_equal(windows.length, expected.length)
 
 
 def test_windows_that_fit_exactly_leave_no_empty_one(tokenizer):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 from xlc_ray.cluster import cli
+from xlc_ray.cluster.evaluate import evaluate
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sweep import SweepConfig
+from xlc_ray.training import Diverged
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -144,3 +147,30 @@ def test_help_sets_sections_apart_and_folds_them_to_the_terminal(model, monkeypa
     assert max(map(len, listed)) <= 80
     (column,) = {len(line) - len(line.lstrip()) for line in listed if line[2] == " "}
     assert all(line[column - 1] == " " != line[column] for line in listed)
+
+
+def test_evaluation_takes_no_settings_of_training(tmp_path):
+    with pytest.raises(
+        UserError, match=r"dictionary\.gate\.k: evaluation takes it from the run; allowed: evaluate, clus"
+    ):
+        evaluate(str(tmp_path), {"evaluate.windows": 0, "dictionary.gate.k": 1})
+
+
+def diverge():
+    raise Diverged("step 3: the gradient norm is nan; lower train.lr or check the activations")
+
+
+def test_a_diverged_run_is_a_mistake_that_the_user_can_mend():
+    """As itself, as the cause of another error, and as the text that Ray makes of it."""
+    with pytest.raises(Diverged) as error:
+        diverge()
+    around = RuntimeError("a worker failed")
+    around.__cause__ = error.value
+    text = RuntimeError("".join(traceback.format_exception(error.value)))
+    for found in map(cli.find_user_error, (error.value, around, text)):
+        assert str(found) == str(error.value)
+    body = (
+        "from xlc_ray.training import Diverged\ndef main(config):\n    raise Diverged('step 3: nan')\ncli.run(main, '')"
+    )
+    done = run_job(body, "--config", QUICKSTART)
+    assert (done.returncode, done.stderr) == (2, "error: step 3: nan\n")

@@ -156,6 +156,25 @@ def test_an_unknown_key_at_the_top_fails():
             "train.loss.sparsity.kind: the gate hard_concrete is penalised by l0, not by l1",
         ),
         (
+            {
+                "dictionary.gate": {"kind": "jumprelu"},
+                "train.loss": {"sparsity": {"kind": "lp", "coefficient": 1}},
+            },
+            "train.loss.sparsity.kind: lp is infinitely steep at 0, where the threshold of jumprelu learns",
+        ),
+        (
+            {
+                "dictionary.wiring": {"kind": "sae", "site": "resid_post"},
+                "train.loss": {"matryoshka": {"prefixes": [0.5, 1]}},
+                "train.end_to_end": {"kl": 1.0},
+            },
+            "train.loss.matryoshka: prefixes count by train.end_to_end.reconstruction, which is 0; allowed: more",
+        ),
+        (
+            {"dictionary.unit_norm": True, "dictionary.decoder_norm": 0.5},
+            "dictionary.decoder_norm: has no effect with unit_norm: true; leave one of the two out",
+        ),
+        (
             {"dictionary.gate": {"kind": "gated_hard_concrete"}, "train.loss": {"preactivation": 1}},
             "train.loss.preactivation: the gate gated_hard_concrete has no threshold",
         ),

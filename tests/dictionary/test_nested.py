@@ -38,6 +38,13 @@ def test_shards_hold_every_prefix_between_them(ranks, features):
         assert stops[-1] == last - first
 
 
+@pytest.mark.parametrize("pool", ["group", "all"])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_tokens_are_no_features(pool, training):
+    d = make.dictionary(wiring.clt([0, 1], 3), gate={"kind": "topk", "k": 2, "pool": pool}).train(training)
+    assert [f.values.numel() for f in d.encode(make.random(0, 6))] == [0, 0]
+
+
 def test_empty_parts_and_batches_decode_to_nothing():
     W, empty = make.random(5, 3), make.random(0, 5)
     f = make.random(4, 5)

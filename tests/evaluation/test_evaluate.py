@@ -102,6 +102,17 @@ def test_a_lacking_site_is_named(config, store):
         evaluate(other, config, store)
 
 
+def test_activations_of_another_model_are_named(config, store):
+    """Of another width, and of the same width, where nothing else would show it."""
+    wires = make_wiring(config.dictionary.wiring, 4, 48)
+    other = build(config.dictionary, wires, 0, Shards())
+    with pytest.raises(UserError, match=r"mlp_in\.0 of the held-out store .* is 64 wide, that of the dictionary 48;"):
+        evaluate(other, config, store)
+    fitting = build(config.dictionary, make_wiring(config.dictionary.wiring, 4, 64), 0, Shards())
+    with pytest.raises(UserError, match=r"model\.name: gpt2; the activations in .* are of .*tiny-austen-gpt2-d64"):
+        evaluate(fitting, config.override({"model.name": "gpt2"}), store)
+
+
 def test_table_is_aligned_and_complete(evaluation):
     lines = table(evaluation).splitlines()
     assert [line.split()[0] for line in lines[:7]] == HEADLINE

@@ -116,6 +116,17 @@ def test_of_several_checkpoints_the_latest(tmp_path):
         ({"activation_fn": "batchtopk"}, "activation_fn batchtopk depends on the other tokens.*convert_batchtopk"),
         ({"normalization_method": "mean_std"}, r"norm_stats\.json: missing, but cfg\.json says.*mean_std; copy"),
         ({"normalization_method": "sqrt_d_model"}, "sqrt_d_model is not known; allowed: none, mean_std, auto"),
+        (
+            {"sqrt_d_model_normalize": True},
+            r"cfg\.json: sqrt_d_model_normalize, which overrides normalization_method, is not known.*allowed: false",
+        ),
+        ({"num_layers": "3"}, r"cfg\.json: num_layers is '3'; allowed: an integer from 1 on"),
+        ({"num_layers": 0}, r"num_layers is 0; allowed: an integer from 1 on"),
+        ({"d_model": None}, r"d_model is None; allowed: an integer from 1 on"),
+        (
+            {"decoder_tying": "per_layer"},
+            "decoder_tying 'per_layer' is not known; allowed: none, per_source, per_target",
+        ),
         ({"num_layers": 4}, r"has no tensor decoder_module\.decoders\.0->3\.weight"),
         ({"decoder_tying": "per_source"}, r"has no tensor decoder_module\.decoders\.0\.weight"),
         ({"d_model": 9}, r"W_enc of group 0 is \[5, 4\], but \[5, 9\]"),
@@ -125,6 +136,11 @@ def test_what_has_no_place_here_is_named(tmp_path, facts, message):
     write(tmp_path, **facts)
     with pytest.raises(UserError, match=message):
         xlc.load(str(tmp_path))
+
+
+def test_the_older_flag_for_a_scale_may_be_off(tmp_path):
+    write(tmp_path, sqrt_d_model_normalize=False)
+    assert (xlc.load(str(tmp_path)).read_scale == 1).all()
 
 
 def test_offsets_and_skips_are_named(tmp_path):

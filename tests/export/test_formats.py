@@ -235,6 +235,52 @@ def test_damage_is_named(tmp_path):
         xlc.load(str(tmp_path))
 
 
+def test_a_topk_of_circuit_tracer_is_refused(tmp_path):
+    dictionary, batch = make.trained("transcoder", "jumprelu")
+    formats.WRITERS["circuit_tracer"](dictionary, make.config("transcoder", "jumprelu"), str(tmp_path))
+    facts, layer = (tmp_path / "config.yaml").read_text(), load_file(tmp_path / "layer_1.safetensors")
+    for change, message in (
+        ("activation: topk", r"config\.yaml: activation 'topk' has no gate here; allowed: relu, jumprelu"),
+        ("activation: gelu", r"config\.yaml: activation 'gelu' has no gate"),
+        ("k: 2", r"config\.yaml: k of a topk, which keeps negative values too, has no gate here"),
+    ):
+        (tmp_path / "config.yaml").write_text(f"{facts}{change}\n")
+        with pytest.raises(UserError, match=message):
+            xlc.load(str(tmp_path))
+    (tmp_path / "config.yaml").write_text(f"{facts}activation: jump_relu\nk: null\n")
+    make.same(xlc.load(str(tmp_path)), dictionary, batch)
+    save_file({**layer, "k": torch.tensor(2)}, tmp_path / "layer_1.safetensors")
+    with pytest.raises(UserError, match=r"layer_1\.safetensors: k of a topk"):
+        xlc.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("k", [None, "3", 0, 2.5])
+def test_a_topk_of_saelens_without_its_k_is_named(tmp_path, k):
+    dictionary, _ = make.trained("sae", "topk")
+    formats.WRITERS["saelens"](dictionary, make.config("sae", "topk"), str(tmp_path))
+    facts = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(facts | {"k": k}))
+    with pytest.raises(UserError, match=rf"cfg\.json: architecture topk with k {k!r}; allowed: an integer from 1 on"):
+        xlc.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["b_dec", "b_enc"])
+@pytest.mark.parametrize("form", ["saelens", "dictionary_learning"])
+def test_biases_that_do_not_fit_are_named_where_inputs_are_centred(tmp_path, form, name):
+    dictionary, _ = make.trained("sae", "topk")
+    formats.WRITERS[form](dictionary, make.config("sae", "topk"), str(tmp_path))
+    wrong = {name if form == "saelens" or name == "b_dec" else "encoder.bias": torch.zeros(5)}
+    if form == "saelens":
+        facts = json.loads((tmp_path / "cfg.json").read_text())
+        (tmp_path / "cfg.json").write_text(json.dumps(facts | {"apply_b_dec_to_input": True}))
+        save_file(load_file(tmp_path / "sae_weights.safetensors") | wrong, tmp_path / "sae_weights.safetensors")
+    else:
+        torch.save(torch.load(tmp_path / "ae.pt", weights_only=True) | wrong, tmp_path / "ae.pt")
+    fits = {"b_dec": 6, "b_enc": 7}[name]
+    with pytest.raises(UserError, match=rf"(sae_weights|ae)\..*: {name} is \[5\], but \[{fits}\] is what fits"):
+        xlc.load(str(tmp_path))
+
+
 def test_unknown_architectures_and_normalisations_of_saelens_are_named(tmp_path):
     dictionary, _ = make.trained("sae", "relu")
     formats.WRITERS["saelens"](dictionary, make.config("sae", "relu"), str(tmp_path))
@@ -301,6 +347,25 @@ def test_hooks_that_are_none_of_our_sites_keep_their_names(tmp_path):
     assert loaded.wiring.sites == ("blocks.4.attn.hook_z",)
     make.alike(loaded.reconstruct({"blocks.4.attn.hook_z": batch["resid_post.1"].float()})["blocks.4.attn.hook_z"],
                dictionary.reconstruct(batch)["resid_post.1"])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["saelens", "circuit_tracer"])
+def test_what_comes_before_the_gain_of_a_norm_is_not_taken_for_what_the_mlp_reads(tmp_path, form):
+    dictionary, _ = make.trained("transcoder", "jumprelu")
+    formats.WRITERS[form](dictionary, make.config("transcoder", "jumprelu"), str(tmp_path))
+    for path in [tmp_path / "config.yaml"] if form == "circuit_tracer" else tmp_path.glob("*/cfg.json"):
+        path.write_text(path.read_text().replace("mlp.hook_in", "ln2.hook_normalized"))
+    wired = xlc.load(str(tmp_path)).wiring
+    assert set(wired.reads) == {(f"blocks.{n}.ln2.hook_normalized",) for n in range(make.LAYERS)}
+    assert set(wired.writes) == {(f"mlp_out.{n}",) for n in range(make.LAYERS)}
+
+
+def test_folders_of_hooks_that_keep_their_names_are_in_the_order_of_layers(tmp_path):
+    dictionary, _ = make.trained("transcoder", "relu")
+    formats.WRITERS["saelens"](dictionary, make.config("transcoder", "relu"), str(tmp_path))
+    for path in tmp_path.glob("*/cfg.json"):
+        path.write_text(path.read_text().replace("mlp.hook_in", "attn.hook_z").replace("blocks.1.", "blocks.11."))
+    assert xlc.load(str(tmp_path)).wiring.reads == tuple((f"blocks.{n}.attn.hook_z",) for n in (0, 2, 11))
 
 
 def test_at_a_url(tmp_path):

@@ -286,5 +286,5 @@ def test_mistakes_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"downstream: no block of the model comes after resid_post\.3; set it to 0"):
         train_alone(texts.settings(folder, last | {"out": f"{tmp_path}/run"}))
     other = texts.settings(folder, {"model.name": str(texts.ROOT / "configs/assets/tiny-austen-gpt2")})
-    with pytest.raises(UserError, match=r"model\.name: .*tiny-austen-gpt2; .* is of .*d64"):
+    with pytest.raises(UserError, match=r"model\.name: .*tiny-austen-gpt2; .* are of .*d64"):
         train_alone(other.override({"out": f"{tmp_path}/run"}))

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dictionary import make
 from tests.equivalence import cases
 from xlc_ray.config.losses import Constant, Linear
-from xlc_ray.dictionary import Shards, wiring
+from xlc_ray.dictionary import Shards, encoding, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.training import Diverged, Learner
 from xlc_ray.training.schedules import factor
@@ -39,6 +40,51 @@ def test_four_micro_batches_are_one_batch():
         for p, q in zip(once.parameters.values(), often.parameters.values(), strict=True):
             torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(once.silent, often.silent, strict=True))
+
+
+@pytest.mark.parametrize("rank_by", ["activation", "zscore"])
+def test_thresholds_are_of_all_micro_batches(rank_by):
+    """Places of a token do not depend on how a batch is cut; nor then does what inference compares with."""
+    gate = {"kind": "topk", "k": 2, "rank_by": rank_by, "threshold_start": 0, "threshold_decay": 0.5}
+    once, often = (learner(gate, **{"train.accumulate": n, "train.lr": 1e-15}) for n in (1, 4))
+    for batch in cases.batches(CLT)[:3]:
+        found = [made.train_step(batch, measure=True) for made in (once, often)]
+    ours, theirs = (made.dictionary.gate for made in (once, often))
+    if rank_by == "activation":
+        torch.testing.assert_close(theirs.inference_threshold, ours.inference_threshold, rtol=1e-12, atol=0)
+    else:  # spread is about each micro-batch's own mean
+        for one, other in zip(ours.zscores.mean, theirs.zscores.mean, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
+    assert found[1]["reconstruction"] == pytest.approx(found[0]["reconstruction"], rel=0.2)
+
+
+def test_explained_variance_of_micro_batches_is_a_ratio_of_sums():
+    """One row has no spread of its own: that micro-batch must not decide."""
+    batch = cases.batches(CLT)[0]
+    made = learner(**{"train.accumulate": cases.ROWS // 2, "train.lr": 1e-15})
+    assert -10 < made.train_step(batch, measure=True)["explained_variance"] < 1
+    single = learner(**{"train.accumulate": cases.ROWS, "train.lr": 1e-15})
+    assert math.isnan(single.train_step(batch, measure=True)["explained_variance"])
+
+
+def test_reduced_precision_casts_the_encoder_as_often_for_many_tiles_as_for_one(monkeypatch):
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == weight.shape:
+                self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    wires = wiring.sae(["a"], 6)
+    made = learner({"kind": "batchtopk", "k": 2}, wires=wires, **{"train.precision": "bfloat16"})
+    weight, counts = made.dictionary.groups[0].W_enc, []
+    for tile in (1 << 20, 8):  # entries: all in one, and two tokens in each
+        monkeypatch.setattr(encoding, "TILE", tile)
+        with Casts() as casts, torch.no_grad():
+            made.dictionary.encode(make.random(cases.ROWS, 6).float())
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_silence_is_counted_in_tokens_and_ends_with_one_activation():
@@ -169,7 +215,10 @@ def test_activations_that_are_not_finite_stop_training(where, value, gate, produ
 
 
 def test_unit_norm_holds_rows_and_removes_the_gradient_along_them():
-    made = learner({"kind": "topk", "k": 3}, **{"dictionary.unit_norm": True, "train.clip_norm": None})
+    made = learner(
+        {"kind": "topk", "k": 3},
+        **{"dictionary.unit_norm": True, "dictionary.decoder_norm": 0.1, "train.clip_norm": None},
+    )
     for i, batch in enumerate(cases.batches(CLT)[:8]):
         before = [g.W_dec.detach().clone() for g in made.dictionary.groups]
         made.train_step(batch, measure=False)

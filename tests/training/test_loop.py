@@ -145,6 +145,12 @@ def test_store_without_the_sites_is_refused(small_run):
         train_alone(small_run({"dictionary.wiring": {"kind": "sae"}}))
 
 
+def test_a_store_of_another_model_is_refused(small_run, tmp_path):
+    train_alone(small_run({"model.name": "elsewhere/tiny"}))  # where it lies does not matter
+    with pytest.raises(UserError, match=r"model\.name: gpt2; the activations in .*store are of tiny"):
+        train_alone(small_run({"model.name": "gpt2", "out": str(tmp_path / "other")}))
+
+
 def test_not_finite_activations_stop_the_run(small_run, tmp_path):
     """Pitfall 18: a NaN loss is never passed over."""
     config = small_run({"source.verify": False})

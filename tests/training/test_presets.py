@@ -40,7 +40,14 @@ def small_store(tmp_path_factory) -> str:
 def test_the_file_of_a_preset_trains(file: Path, small_store, tmp_path):
     sizes = {"dictionary.features": 48, "train.steps": 60, "train.batch_tokens": 128, "train.dead_after_tokens": 512}
     config = load_config(
-        file, {"out": str(tmp_path / "run"), "source.path": small_store, **sizes, "train.log_every": 60}
+        file,
+        {
+            "out": str(tmp_path / "run"),
+            "source.path": small_store,
+            "model.name": "tiny",
+            **sizes,
+            "train.log_every": 60,
+        },
     )
     if config.train.loss.sparsity:  # a tenth of the width has a tenth of the error
         config = config.override({"train.loss.sparsity.coefficient": config.train.loss.sparsity.coefficient / 10})

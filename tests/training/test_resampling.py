@@ -154,7 +154,7 @@ def test_resampled_features_fire_on_the_rows_they_come_from_and_reduce_the_error
 
 
 def test_unit_norm_and_tied_decoders():
-    unit = learner(**{"dictionary.unit_norm": True})
+    unit = learner(**{"dictionary.unit_norm": True, "dictionary.decoder_norm": 0.1})
     resample(unit, lambda: iter(cases.batches(CLT)[:2]))
     torch.testing.assert_close(unit.dictionary.groups[0].norms().detach(), torch.ones(10).double())
     wires = cases.WIRINGS["tied_per_source"]

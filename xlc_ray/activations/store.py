@@ -50,6 +50,7 @@ __all__ = [
     "SiteStatistics",
     "Store",
     "begin",
+    "check_model",
     "compare",
     "decode",
     "encode",
@@ -114,6 +115,12 @@ def is_there(path: str) -> bool:
     if path.startswith(SCHEMES):
         return files.exists(files.join(path, "manifest.json")) or http.read_manifest(path) is not None
     return any(files.exists(files.join(path, name)) for name in ("manifest.json", "index.bin"))
+
+
+def check_model(data: Store, name: str) -> None:
+    """Raises UserError where a store that we wrote is of another language model: stores know it by its last name."""
+    if data.manifest.fingerprint is not None and files.name(data.manifest.model) != files.name(name):
+        raise UserError(f"model.name: {name}; the activations in {data.path} are of {data.manifest.model}")
 
 
 def open_source(source: Source, *inside: str) -> Store:

@@ -1,4 +1,4 @@
-"""What inspect.py finds in a store, as lines for the terminal."""
+"""What inspect_path.py finds in a store, as lines for the terminal."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Text: documents → tokens → windows → the plan of which rows stand in which chunk.
 
-Packed, a task's documents are joined as `doc EOS doc EOS …` and cut into windows of `context` tokens, each beginning
-with BOS if asked. Or each document is a window of its own, cut at `context` or padded. A *row* is one kept token: a
-(window, position) that is no padding, not among the first `ignore_first`, not special.
+Packed, a task's documents, without those that hold nothing, are joined as `doc EOS doc EOS …` and cut into windows of
+`context` tokens, each beginning with BOS if asked. Or each document is a window of its own, cut at `context` or padded.
+A *row* is one kept token: a (window, position) that is no padding, not among the first `ignore_first`, not special.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def is_held_out(document: Document | None, fraction: float) -> bool:
 def pack(documents: Sequence[Document | None], tokenizer: Any, text: Text) -> Windows:
     """Tokenise documents and make windows of them as `text.windows` says; packed, only the last may be shorter.
 
-    No token of packed documents is dropped. Raises UserError like `token_ids`.
+    No token of packed documents is dropped; those that hold nothing add none. Raises UserError like `token_ids`.
     """
     bos, eos = _boundaries(tokenizer)
     ids = token_ids(documents, tokenizer, text)
@@ -104,7 +104,7 @@ def pack(documents: Sequence[Document | None], tokenizer: Any, text: Text) -> Wi
     if text.windows == "one_per_document":
         return _windows([[*lead, *document][: text.context] for document in ids if document], text.context)
     stream: list[int] = []
-    for document in ids:
+    for document in filter(None, ids):
         stream += document
         if document[-1:] != [eos]:  # templates and tokenised text may have ended it themselves
             stream.append(eos)
@@ -147,7 +147,7 @@ def _rendered(messages: Sequence[Any], tokenizer: Any, text: Text) -> str:
     _check_template(tokenizer, text)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:  # what templates raise of conversations they do not allow
+    except (TemplateError, TypeError) as error:  # of conversations they do not allow, and of content in parts
         roles = ", ".join(str(message.get("role")) for message in messages[:8])
         reason = f"of {tokenizer.name_or_path} refuses messages of {roles}: {error}"
         raise UserError(f"text.column: {text.column!r} of {text.label}: the chat template {reason}") from None
@@ -155,6 +155,8 @@ def _rendered(messages: Sequence[Any], tokenizer: Any, text: Text) -> str:
 
 def _checked(ids: Sequence[Any], vocabulary: int, tokenizer: Any, text: Text) -> list[int]:
     where = f"text.column: {text.column!r} of {text.label}"
+    if None in ids:
+        raise UserError(f"{where}: token id null is not of any tokenizer; allowed: 0 to {vocabulary - 1}")
     lowest, highest = min(ids), max(ids)
     if lowest < 0 or highest >= vocabulary:
         raise UserError(

@@ -158,13 +158,13 @@ def find_user_error(error: BaseException) -> UserError | None:
         if id(link) in seen:
             continue
         seen.add(id(link))
-        if type(link) is UserError:
+        if isinstance(link, UserError) and not isinstance(link, RayError):  # Ray's own kind has the whole trace as text
             return link
         inner = [link.__cause__, *(getattr(link, name, None) for name in ("cause", "controller_failure"))]
         inner += getattr(link, "worker_failures", {}).values()
         todo += [e for e in inner if isinstance(e, BaseException)]
     # Ray Data hands on of a function's exception just its text.
-    said = re.search(r"^xlc_ray\.config\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    said = re.search(r"^xlc_ray\.[\w.]+\.(?:UserError|Diverged): (.+)$", str(error), re.MULTILINE)
     return UserError(said.group(1)) if said else None
 
 
@@ -184,10 +184,13 @@ def help_text(argv: list[str], about: str | None, option: str, own: Options, mod
         lines += [*own.format_help().splitlines(), ""] if vars(own.parse_known_args([])[0]) else []
         lines += ["Settings (details: --help SECTION):"]
         sections = {name: f.description or "" for name, f in model.model_fields.items()}
-        if model is Config:
+        if model is Config and option == "--config":
             sections["preset"] = f"A paper's or program's settings, under the file's: {', '.join(presets.names())}."
         lines += _in_columns(sections)
-        lines += ["", "A value is YAML and replaces what the file says: --train.lr=3e-4 --generate.sites='[mlp_in.0]'"]
+        example = "--train.lr=3e-4 --generate.sites='[mlp_in.0]'" if option == "--config" else "--evaluate.windows=256"
+        if model is not Config:
+            example = example.replace("--", "--base.")
+        lines += ["", f"A value is YAML and replaces what the file says: {example}"]
     else:
         lines += [f"--{section}: {field.description}", *_settings(str(section), field.annotation)]
     return "\n".join(lines).strip()

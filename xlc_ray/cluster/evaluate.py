@@ -14,7 +14,7 @@ import torch
 from xlc_ray import evaluation, files
 from xlc_ray.activations.store import Store, open_source
 from xlc_ray.cluster.session import connect, require, run_path
-from xlc_ray.config import Config
+from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.evaluation import Effects, Share, Sums, core
@@ -22,14 +22,20 @@ from xlc_ray.evaluation.ablation import Which
 from xlc_ray.evaluation.features import write_features
 from xlc_ray.training import logs
 
+CHANGEABLE = ("evaluate", "cluster", "source", "model", "base_model", "seed")
+"""Sections that may differ from training's: model, where it lies elsewhere; seed, which draws the ablated features."""
+
 
 def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Measure the newest checkpoint of a run. `changes`: overrides of its settings, e.g. {"evaluate.windows": 256}.
 
     Writes `eval.json`, `eval_core.json`, `features.parquet` and `report.html` to the run directory. Returns eval.json's
     content with `report`, the page's path. Raises UserError where there is no checkpoint or the held-out activations do
-    not fit it.
+    not fit it, and on a change of what training has decided.
     """
+    for path in changes or {}:
+        if path.split(".")[0] not in CHANGEABLE:
+            raise UserError(f"{path}: evaluation takes it from the run; allowed: {', '.join(CHANGEABLE)}")
     connect()
     run_dir = run_path(run_dir)
     config = load_dictionary(run_dir)[1].override(changes or {})

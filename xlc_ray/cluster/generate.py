@@ -1,4 +1,4 @@
-"""Generation: text → token windows → the model's activations → a store of chunk files, by two Ray Data pipelines.
+"""Generation: text → token windows → the model's activations → a store of chunk files, by Ray tasks and Ray Data.
 
 1. Tokenise until both splits have their tokens; write which windows and rows each chunk holds: the plan (plan.py).
 2. For each chunk that is missing: one of a pool of language-model actors harvests it, a task writes it.

@@ -65,7 +65,7 @@ def _server() -> Any:
     try:
         from xlc_ray.serving import server
     except ModuleNotFoundError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'xlc-ray[serve]'") from None
+        raise UserError(f"serving needs {error.name}: pip install -e '.[serve]'") from None
     return server
 
 

@@ -61,10 +61,10 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
             print(f"train: nodes are back; {_onward(config)}", flush=True)
         except (TrainingFailedError, RayError) as error:
             if mistake := find_user_error(error):
-                raise UserError(str(mistake)) from None
+                raise type(mistake)(str(mistake)) from None
             reason, found = _reason(config, attempt, error), _newest(config)
             left, newest = (config.cluster.max_failures if found != newest else left), found
-            if not left or "Diverged" in str(error):
+            if not left:
                 print(f"train: {reason}; what is complete is in {config.out}", flush=True)
                 raise
             left -= 1

@@ -93,6 +93,16 @@ class Config(Settings):
                 f"train.loss.matryoshka.prefixes: {min(loss.matryoshka.prefixes):g} of dictionary.features = "
                 f"{self.dictionary.features} is less than one feature"
             )
+        end_to_end = self.train.end_to_end
+        if loss.matryoshka and end_to_end and not end_to_end.reconstruction:
+            raise ValueError(
+                "train.loss.matryoshka: prefixes count by train.end_to_end.reconstruction, which is 0; allowed: more"
+            )
+        if (
+            self.dictionary.unit_norm
+            and self.dictionary.decoder_norm != Dictionary.model_fields["decoder_norm"].default
+        ):
+            raise ValueError("dictionary.decoder_norm: has no effect with unit_norm: true; leave one of the two out")
         check_gate(gate, loss)
         if loss.auxk and loss.ghost:
             raise ValueError("train.loss.ghost: revives dead features as auxk does; use one of the two")

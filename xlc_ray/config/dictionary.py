@@ -199,7 +199,8 @@ class TopKGate(Settings):
 
 
 class BatchTopKGate(Settings):
-    """The k x B largest ReLU'd pre-activations of the global batch of B tokens; a learned threshold at inference."""
+    """The k x B largest ReLU'd pre-activations of B tokens: the batch, or a micro-batch (train.accumulate) of all
+    replicas. A learned threshold at inference."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     """The tag of this gate."""

@@ -22,6 +22,11 @@ def check_gate(gate: Gate, loss: Loss) -> None:
             )
         if s.kind != "l0" and gate.kind in CONCRETE:
             raise ValueError(f"train.loss.sparsity.kind: the gate {gate.kind} is penalised by l0, not by {s.kind}")
+        if s.kind == "lp" and gate.kind == "jumprelu":
+            raise ValueError(
+                "train.loss.sparsity.kind: lp is infinitely steep at 0, where the threshold of jumprelu learns from "
+                "features that are not active; use l0, tanh or l1"
+            )
         if s.target_l0 and s.kind != "l0":
             raise ValueError("train.loss.sparsity.target_l0: only with kind l0")
         if s.kind in ("l1", "lp") and isinstance(gate, TopKGate | BatchTopKGate) and gate.rank_by == "zscore":

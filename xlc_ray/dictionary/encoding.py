@@ -118,7 +118,8 @@ class Encoder(nn.Module):
             limits = self.shards.kth_largest(extra) if extra else []
             return dict.fromkeys(range(self.wiring.groups)), limits
         most = 1.0 if self.products == "sparse" else BREAK_EVEN
-        return self.gate.select(functools.partial(self._tiles, x), lengths, most, extra)
+        with self._reduced_precision():  # around all tiles: autocast keeps its copy of the weights until it ends
+            return self.gate.select(functools.partial(self._tiles, x), lengths, most, extra)
 
     def _tiles(self, x: Tensor, together: bool) -> Iterator[Tile]:
         """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group. Each is made in the

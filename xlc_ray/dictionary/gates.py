@@ -189,6 +189,7 @@ class TopK(Gate):
         pools = 1 if over_groups else len(sizes)
         self.register_buffer("inference_threshold", torch.zeros(pools))
         self.register_buffer("smallest_kept", torch.zeros(pools))
+        self._parts = 0  # of this step's batch, so far
 
     def select(self, tiles: Tiles, norms: Norms, most: float, extra: list[Pool]) -> Selected:
         if self.zscores and self.training:
@@ -207,7 +208,9 @@ class TopK(Gate):
         else:
             found, limits, others = best_of_tokens(tiles, self.k, score, self.over_groups, self.shards, extra)
         if self.shared:
-            self.smallest_kept = torch.stack([_mean_of_finite(limit.value) for limit in limits])
+            kept = torch.stack([_mean_of_finite(limit.value) for limit in limits])
+            self.smallest_kept = (self.smallest_kept * self._parts + kept) / (self._parts + 1) if self._parts else kept
+            self._parts += 1
         return dict(found), others
 
     def _above_threshold(self, tiles: Tiles, norms: Norms) -> dict[int, Picked | None]:
@@ -223,7 +226,9 @@ class TopK(Gate):
         return pre
 
     def finish_step(self, step: int) -> None:
-        """Move the inference threshold: to the last batch's before `start`, from then on as a running mean."""
+        """Move the inference threshold: to the last batch's (the mean over its micro-batches) before `start`, from then
+        on as a running mean."""
+        self._parts = 0
         decay = self.decay if step > self.start else 0.0
         if self.zscores:
             self.zscores.move(decay)

@@ -169,7 +169,7 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows k"]:
 
 def _limit(k: int, gathered: Float[Tensor, "ranks rows k"], rank: int) -> Limit:
     ranks, rows = gathered.shape[:2]
-    merged = gathered.transpose(0, 1).reshape(rows, -1)
+    merged = gathered.transpose(0, 1).reshape(rows, ranks * gathered.shape[2])
     top = largest(merged, k) if ranks > 1 else merged
     least = top.masked_fill(top <= 0, torch.inf).amin(dim=1, keepdim=True)
     free = k - (merged > least).sum(dim=1, keepdim=True)

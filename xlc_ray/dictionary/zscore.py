@@ -31,6 +31,8 @@ class ZScores(nn.Module):
             values = nn.ParameterList([nn.Parameter(start(n), requires_grad=False) for n in sizes])
             setattr(self, name, values)
         self._batch: list[tuple[Tensor, Tensor]] = []
+        self._step: list[tuple[Tensor, Tensor]] = []
+        self._parts = 0  # of this step's batch, so far
 
     @torch.no_grad()
     def observe(self, tiles: Tiles) -> None:
@@ -47,6 +49,13 @@ class ZScores(nn.Module):
         variance = (square - mean.square()).clamp(min=0) * tokens_of_all / max(1, tokens_of_all - 1)
         each = zip(mean.split(self.sizes), variance.sqrt().split(self.sizes), strict=True)
         self._batch = [(m.to(p.dtype), s.to(p.dtype)) for (m, s), p in zip(each, self.mean, strict=True)]
+        n = self._parts
+        before = self._step if n else self._batch
+        self._step = [
+            ((mean * n + m) / (n + 1), (std * n + s) / (n + 1))
+            for (mean, std), (m, s) in zip(before, self._batch, strict=True)
+        ]
+        self._parts = n + 1
 
     def of(self, pre: Tensor, g: int) -> Tensor:
         """Scores [b, F] of a tile's pre-activations: by this batch in training, by the running values at inference."""
@@ -60,8 +69,10 @@ class ZScores(nn.Module):
 
     @torch.no_grad()
     def move(self, decay: float) -> None:
-        """Move the running values towards those of the last batch: new = decay · old + (1 - decay) · batch."""
-        for (mean, std), m, s in zip(self._batch, self.mean, self.std, strict=True):
+        """Move the running values towards those of the last batch (the means over its micro-batches):
+        new = decay · old + (1 - decay) · batch."""
+        self._parts = 0
+        for (mean, std), m, s in zip(self._step, self.mean, self.std, strict=True):
             m.mul_(decay).add_(mean, alpha=1 - decay)
             s.mul_(decay).add_(std, alpha=1 - decay)
 

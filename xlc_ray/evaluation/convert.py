@@ -124,8 +124,8 @@ def _check(dictionary: Dictionary, training: Store, target_l0: float | None, tol
 
 
 def _training_rows(config: Config, store: Store, dictionary: Dictionary) -> Rows:
-    """Whole batches of the size that the gate was trained on, of one epoch at most, but one batch at least."""
-    size = config.train.batch_tokens
+    """Whole batches of the size that the gate ranked in training, of one epoch at most, but one batch at least."""
+    size = config.train.batch_tokens // config.train.accumulate
     read = config.source
     order = Order(store.kept_rows, config.seed, read.slice_rows, read.window_slices, read.mix_chunks)
     batches = max(1, min(config.train.calibration_tokens, order.epoch_rows) // size)

@@ -15,7 +15,7 @@ import torch
 from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.activations.sites import of_base
-from xlc_ray.activations.store import Store
+from xlc_ray.activations.store import Store, check_model
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
 from xlc_ray.evaluation.ablation import Effects, Which, ablate_features, sample_features
@@ -150,6 +150,13 @@ def _check(dictionary: Dictionary, config: Config, store: Store) -> None:
     if lacking := [site for site in dictionary.wiring.sites if site not in store.manifest.sites]:
         known = ", ".join(store.manifest.sites)
         raise UserError(f"evaluate: the held-out store has no site {lacking[0]}; it has: {known}")
+    widths, have = dictionary.wiring.widths, store.manifest.sites
+    if other := [site for site in dictionary.wiring.sites if have[site] != widths[site]]:
+        raise UserError(
+            f"evaluate: {other[0]} of the held-out store {store.path} is {have[other[0]]} wide, that of the dictionary "
+            f"{widths[other[0]]}; allowed: activations of the model that it was trained on"
+        )
+    check_model(store, config.model.name)
     if settings.windows and not store.manifest.has_text:
         raise UserError(f"evaluate.windows: {store.path} does not know the text of its rows; allowed: 0")
     if settings.ablate_features and not settings.windows:

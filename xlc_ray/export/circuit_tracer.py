@@ -5,11 +5,15 @@ W_dec_{l}.safetensors   W_dec_{l} [F, L - l, d]: the target layers l … L-1
 layer_{l}.safetensors   W_enc [F, d], b_enc [F], W_dec [F, d], b_dec [d], W_skip [d, d] and
                         activation_function.threshold [F] where there are any
 config.yaml             model_kind, model_name, feature_input_hook, feature_output_hook, scan
+
+Its TopK (`activation: topk` and `k` in config.yaml, or `k` in layer_{l}.safetensors) is not read: it keeps the k
+largest pre-activations even where they are negative, which no gate here does.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from xlc_ray.export.weights import pick, read_tensors, write_tensors
 
 NAME = "circuit_tracer"
 KINDS = {"clt": "cross_layer_transcoder", "transcoder": "transcoder_set"}
+ACTIVATIONS = (None, "relu", "jumprelu", "jump_relu")
 THRESHOLD = "activation_function.threshold"
 
 
@@ -112,12 +117,17 @@ def detect(path: str, names: set[str]) -> bool:
 
 
 def read(path: str) -> Dictionary:
-    """The dictionary in such a directory. Without config.yaml the sites are taken for mlp_in and mlp_out."""
+    """The dictionary in such a directory. Without config.yaml the sites are taken for mlp_in and mlp_out.
+
+    Raises UserError for an activation that is neither relu nor jumprelu."""
     names = set(files.listdir(path))
     facts: dict[str, Any] = {}
     if "config.yaml" in names:
         name = files.join(path, "config.yaml")
         facts = yaml_text.parse_mapping(files.read_bytes(name), name)
+        if (activation := facts.get("activation")) not in ACTIVATIONS:
+            raise UserError(f"{name}: activation {activation!r} has no gate here; allowed: relu, jumprelu")
+        _refuse_topk(facts, name)
     hook_in = facts.get("feature_input_hook", HOOKS["mlp_in"])
     hook_out = facts.get("feature_output_hook", HOOKS["mlp_out"])
     cross = "W_enc_0.safetensors" in names
@@ -148,6 +158,7 @@ def _read_set(path: str, ins: list[str], outs: list[str]) -> Dictionary:
     for n in range(len(ins)):
         name = files.join(path, f"layer_{n}.safetensors")
         tensors = read_tensors(name)
+        _refuse_topk(tensors, name)
         W_enc, b_enc, W_dec, b_dec = pick(tensors, name, "W_enc", "b_enc", "W_dec", "b_dec")
         groups.append((W_enc, b_enc, W_dec))
         biases.append(b_dec)
@@ -158,6 +169,11 @@ def _read_set(path: str, ins: list[str], outs: list[str]) -> Dictionary:
     rows = [tuple((s,) for s in sites) for sites in (ins, outs)]
     wiring = Wiring(_widths(ins, outs, biases), rows[0], rows[1], skip=bool(skips))
     return assemble(path, wiring, groups, torch.cat(biases), _gate(path, groups, thresholds), skips)
+
+
+def _refuse_topk(found: Mapping[str, Any], name: str) -> None:
+    if found.get("k") is not None:
+        raise UserError(f"{name}: k of a topk, which keeps negative values too, has no gate here; allowed: no k")
 
 
 def _widths(ins: list[str], outs: list[str], biases: list[Tensor]) -> dict[str, int]:

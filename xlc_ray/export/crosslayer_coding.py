@@ -24,6 +24,7 @@ from xlc_ray.export.golden import FILE as GOLDEN
 from xlc_ray.export.plain import Weights, assemble, jumprelu
 from xlc_ray.export.weights import pick, read_tensors
 
+TYINGS = ("none", "per_source", "per_target")
 ENCODER, DECODER = "encoder_module.encoders", "decoder_module.decoders"
 EPSILON = 1e-6  # what that program adds to a deviation before it divides
 
@@ -39,6 +40,7 @@ def read(path: str) -> Dictionary:
     """The dictionary in such a directory (of several checkpoints the latest), reading mlp_in and writing mlp_out."""
     where = files.join(path, "cfg.json")
     facts = files.read_mapping(where)
+    _check_facts(where, facts)
     if (activation := facts.get("activation_fn")) not in ("relu", "jumprelu"):
         raise UserError(
             f"{where}: activation_fn {activation} depends on the other tokens or layers; allowed: relu, jumprelu: "
@@ -71,6 +73,14 @@ def _latest(path: str, names: list[str]) -> str:
     if not all(steps.values()):
         raise UserError(f"{path}: several checkpoints ({', '.join(names)}); leave one in a directory with its cfg.json")
     return max(names, key=lambda name: int(steps[name][-1]))
+
+
+def _check_facts(where: str, facts: dict[str, Any]) -> None:
+    for key in ("num_layers", "d_model"):
+        if type(facts[key]) is not int or facts[key] < 1:
+            raise UserError(f"{where}: {key} is {facts[key]!r}; allowed: an integer from 1 on")
+    if (tying := facts.get("decoder_tying", "none")) not in TYINGS:
+        raise UserError(f"{where}: decoder_tying {tying!r} is not known; allowed: {', '.join(TYINGS)}")
 
 
 def _check(name: str, tensors: dict[str, Tensor]) -> None:
@@ -107,6 +117,11 @@ def _bias(name: str, tensors: dict[str, Tensor], facts: dict[str, Any], target: 
 
 def _normalise(made: Dictionary, facts: dict[str, Any], path: str) -> None:
     """Scale and centre of every site, as that program stored them with the activations."""
+    if facts.get("sqrt_d_model_normalize"):  # of older versions
+        raise UserError(
+            f"{path}/cfg.json: sqrt_d_model_normalize, which overrides normalization_method, is not known here; "
+            "allowed: false"
+        )
     method = facts.get("normalization_method", "none")
     if method == "none":
         return

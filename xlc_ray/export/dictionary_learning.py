@@ -40,6 +40,7 @@ from xlc_ray.export.plain import (
     refuse,
     shape_of,
     topk,
+    uncentred,
     unit_rows,
 )
 from xlc_ray.export.weights import folders, pick, read_tensors, write_tensors
@@ -233,7 +234,7 @@ def _read_one(folder: str) -> Part:
     else:
         (b_enc,) = pick(tensors, name, "b_enc" if layout.matrices else "encoder.bias")
     if layout.centred:
-        b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).to(b_enc.dtype)
+        b_enc = uncentred(name, W_enc, b_enc, b_dec)
     weights: Weights = (W_enc, b_enc, W_dec)
     return _place(trainer), kind, unit_rows(*weights) if kind == "AutoEncoder" else weights, b_dec, tensors
 

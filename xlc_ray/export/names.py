@@ -1,7 +1,8 @@
 """Names for others: sites as TransformerLens has them ("mlp_out.3" is "blocks.3.hook_mlp_out"), models without paths.
 
-`mlp.hook_in` is what the MLP itself reads. (`ln2.hook_normalized` is the same for a LayerNorm, but comes before the
-gain of an RMSNorm.) `hook_mlp_out` is what is added to the residual stream, in Gemma after the norm.
+`mlp.hook_in` is what the MLP itself reads. `ln2.hook_normalized` is none of our sites: it comes before the gain of an
+RMSNorm, and where a LayerNorm is folded before its gain and bias, of which files say nothing; so it keeps its name.
+`hook_mlp_out` is what is added to the residual stream, in Gemma after the norm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ HOOKS = {
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
 }
-_SITES = {hook: kind for kind, hook in HOOKS.items()} | {"mlp.hook_out": "mlp_out", "ln2.hook_normalized": "mlp_in"}
+_SITES = {hook: kind for kind, hook in HOOKS.items()} | {"mlp.hook_out": "mlp_out"}
 
 
 def kind_and_layer(site: str) -> tuple[str, int] | None:

@@ -75,6 +75,16 @@ def unit_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Weights:
     return W_enc * norms.unsqueeze(1), b_enc * norms, rows
 
 
+def uncentred(where: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """b_enc [F] for features of x where the given ones are of x - b_dec: b_enc - W_enc b_dec, W_enc [F, R], b_dec [R].
+
+    Raises UserError, naming `where`, on shapes that do not fit."""
+    for what, value, wanted in (("b_enc", b_enc, W_enc.shape[:1]), ("b_dec", b_dec, W_enc.shape[1:])):
+        if value.shape != wanted:
+            raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
+    return (b_enc.double() - W_enc.double() @ b_dec.double()).to(b_enc.dtype)
+
+
 # ---------------------------------------------------------------- making one
 
 

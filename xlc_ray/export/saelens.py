@@ -11,6 +11,7 @@ A dictionary of several sites becomes a folder for each, named like the site tha
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from xlc_ray.export.plain import (
     shape_of,
     thresholds_of,
     topk,
+    uncentred,
     unit_rows,
     way_out,
 )
@@ -165,9 +167,8 @@ def read(path: str) -> Dictionary:
     return assemble(path, wiring, [part["weights"] for part in parts], b_dec, _gate(path, parts), skips)
 
 
-def _in_order(site: str) -> tuple[str, int]:
-    stem, _, layer = site.rpartition(".")
-    return (stem, int(layer)) if layer.isdecimal() else (site, 0)
+def _in_order(site: str) -> list[str | int]:
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", site))]
 
 
 def _gate(path: str, parts: list[dict[str, Any]]) -> gates.Gate:
@@ -196,13 +197,16 @@ def _read_one(folder: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: normalize_activations {normal} is not linear; allowed: none, expected_average_only_in"
         )
+    k = facts.get("k") if architecture == "topk" else None
+    if architecture == "topk" and (type(k) is not int or k < 1):
+        raise UserError(f"{where}: architecture topk with k {k!r}; allowed: an integer from 1 on")
     name = files.join(folder, WEIGHTS)
     tensors = read_tensors(name)
     W_enc, W_dec, b_dec = pick(tensors, name, "W_enc", "W_dec", "b_dec")
     own = pick(tensors, name, *GATED) if architecture == "gated" else None
     b_enc = torch.zeros_like(own[0]) if own else pick(tensors, name, "b_enc")[0]
     if "transcoder" not in architecture and facts.get("apply_b_dec_to_input", True):
-        b_enc = (b_enc.double() - b_dec.double() @ W_enc.double()).to(b_enc.dtype)
+        b_enc = uncentred(name, W_enc.T, b_enc, b_dec)
     weights = (W_enc.T, b_enc, W_dec)
     if facts.get("rescale_acts_by_decoder_norm"):
         weights = unit_rows(*weights)
@@ -215,7 +219,7 @@ def _read_one(folder: str) -> dict[str, Any]:
         "gated": own,
         "threshold": pick(tensors, name, "threshold")[0] if "jumprelu" in architecture else None,
         "skip": pick(tensors, name, "W_skip")[0] if "skip" in architecture else None,
-        "k": facts.get("k") if architecture == "topk" else None,
+        "k": k,
         "read": site_of(hook),
         "written": site_of(str(metadata.get("hook_name_out") or f"{hook}.out")) if transcodes else site_of(hook),
     }

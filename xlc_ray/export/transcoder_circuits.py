@@ -23,11 +23,10 @@ from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
 from xlc_ray.export.names import site_of
-from xlc_ray.export.plain import assemble
+from xlc_ray.export.plain import assemble, uncentred
 from xlc_ray.export.weights import pick, widened
 
 DENSITIES = "_log_feature_sparsity.pt"
-FOLDED = "ln2.hook_normalized"
 
 
 def detect(path: str, names: set[str]) -> bool:
@@ -60,19 +59,14 @@ def _read_one(name: str) -> dict[str, Any]:
     facts, tensors = _load(name)
     W_enc, b_enc, W_dec, b_dec = pick(tensors, name, "W_enc", "b_enc", "W_dec", "b_dec")
     transcodes = "b_dec_out" in tensors
-    shifted = (b_enc.double() - b_dec.double() @ W_enc.double()).to(b_enc.dtype)
-    read = _site(facts.get("hook_point"))
+    read = site_of(str(facts.get("hook_point")))
     return {
-        "weights": (W_enc.T, shifted, W_dec),
+        "weights": (W_enc.T, uncentred(name, W_enc.T, b_enc, b_dec), W_dec),
         "b_dec": tensors["b_dec_out"] if transcodes else b_dec,
         "read": read,
-        "written": _site(facts.get("out_hook_point")) if transcodes else read,
+        "written": site_of(str(facts.get("out_hook_point"))) if transcodes else read,
         "layer": int(facts.get("hook_point_layer") or 0),
     }
-
-
-def _site(hook: Any) -> str:
-    return str(hook) if str(hook).endswith(FOLDED) else site_of(str(hook))
 
 
 # ---------------------------------------------------------------- the pickle

@@ -80,7 +80,7 @@ class Proposals:
             import optuna
         except ImportError:
             raise UserError(
-                "search.kind: the package optuna is missing; pip install 'xlc-ray[optuna]' or choose grid or random"
+                "search.kind: the package optuna is missing; pip install -e '.[optuna]' or choose grid or random"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.sweep, self.board = optuna, sweep, board

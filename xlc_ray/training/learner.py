@@ -28,8 +28,8 @@ Micro = tuple[Batch, "Callable[[Tensor], Terms] | None"]
 """A micro-batch, and what the reconstruction ŷ [B, W] of it adds to the loss (None: nothing)."""
 
 
-class Diverged(RuntimeError):
-    """The gradient is not finite: training cannot go on."""
+class Diverged(UserError):
+    """The gradient is not finite: training cannot go on with these settings or activations."""
 
 
 class Learner:
@@ -190,7 +190,7 @@ class Learner:
         """This rank's metrics: those whose name begins with '+' are parts of a sum over ranks."""
         found = _named(terms)
         error, spread = (y - y_hat).square().sum(), (y - y.mean(dim=0)).square().sum()
-        found["explained_variance"] = 1 - error / spread
+        found |= {"of_fit/error": error, "of_fit/spread": spread}
         for g, f in enumerate(code.features):
             found[f"+l0/group_{g}"] = f.l0().double().mean()
         return found
@@ -203,6 +203,8 @@ class Learner:
         self.shards.mean_over_replicas_(values)
         named = {k.lstrip("+"): v for k, v in zip(metrics, values.tolist(), strict=True)}
         weighted = [named.pop(k) for k in list(named) if k.startswith("weighted/")]
+        error, spread = named.pop("of_fit/error"), named.pop("of_fit/spread")
+        named["explained_variance"] = 1 - error / spread if spread else math.nan
         dead = sum(self.dead_totals) / sum(self.dictionary.sizes)
         l0 = sum(v for k, v in named.items() if k.startswith("l0/"))
         return {"loss": sum(weighted), **named, "l0": l0, "dead_features": dead}

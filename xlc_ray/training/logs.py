@@ -97,7 +97,7 @@ def _start_wandb(config: Config):
         import wandb
     except ImportError:
         raise UserError(
-            "train.wandb: the package wandb is missing; pip install 'xlc-ray[wandb]' or set it to null"
+            "train.wandb: the package wandb is missing; pip install -e '.[wandb]' or set it to null"
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
     name = files.name(config.out)

@@ -59,17 +59,10 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
         raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
     if config.train.resample and wiring.tied:
         config.train.resample.check_tying(wiring.tied.by)
-    if config.train.end_to_end:
-        _check_text(config, data)
-    return wiring
-
-
-def _check_text(config: Config, data: store.Store) -> None:
-    if not data.manifest.has_text:
+    store.check_model(data, config.model.name)
+    if config.train.end_to_end and not data.manifest.has_text:
         raise UserError(f"train.end_to_end: the store {config.source.path} does not know the text of its rows")
-    # Stores know a local model by its last name.
-    if files.name(data.manifest.model) != files.name(config.model.name):
-        raise UserError(f"model.name: {config.model.name}; {config.source.path} is of {data.manifest.model}")
+    return wiring
 
 
 def order_for(config: Config, chunk_rows: Sequence[int]) -> order.Order:

@@ -35,7 +35,7 @@ def _eight_bits(settings: Optimizer) -> Any:
         from torchao import optim
     except ImportError:
         raise UserError(
-            "train.optimizer.states: int8 needs the package torchao; pip install 'xlc-ray[lowbit]' or set it to float32"
+            "train.optimizer.states: int8 needs the package torchao; pip install -e '.[lowbit]' or set it to float32"
         ) from None
     return optim.AdamW8bit if settings.kind == "adamw" else optim.Adam8bit
 
