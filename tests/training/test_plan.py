@@ -4,14 +4,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from xlc_ray.config import UserError, load_config
 from xlc_ray.dictionary import Shards
 from xlc_ray.dictionary.build import build, make_wiring
 from xlc_ray.training import plan
-from xlc_ray.training.forecast import forecast
+from xlc_ray.training.forecast import forecast, layouts
 from xlc_ray.training.learner import Learner
 from xlc_ray.training.machine import GB, GPUS, Machine
 
@@ -80,6 +84,173 @@ def test_products_are_planned_as_they_are_dispatched():
     assert work_of(settings()).known
 
 
+# ---------------------------------------------------------------- penalties that read all pre-activations
+
+FEW = {"kind": "jumprelu", "threshold": 3.0, "bandwidth": 0.5}  # above every pre-activation at the start
+TANH = {"sparsity": {"kind": "tanh", "coefficient": 0.1}}
+L0 = {"sparsity": {"kind": "l0", "coefficient": 0.1}}
+OPEN = {"alpha": -6.0}  # hard-concrete gates: so few are open that products are sparse
+PENALISED = [
+    (FEW, TANH, 0),
+    (FEW, L0, 0),
+    (FEW, TANH | {"preactivation": 1e-3}, 2),
+    ({"kind": "hard_concrete", **OPEN}, L0, 2),
+    ({"kind": "gated_hard_concrete", **OPEN}, L0, 3),
+    ({"kind": "hard_concrete", "input_dependent": False, **OPEN}, L0, 0),
+]
+
+
+def penalised(gate, loss, products="sparse"):
+    """A CLT of 4 layers of 16 with 512 features each, 128 tokens a batch, 64 features a token in products."""
+    changes = {"dictionary.wiring": {"kind": "clt"}, "dictionary.gate": gate, "dictionary.features": 512}
+    return settings(**changes, **{"train.loss": loss, "train.batch_tokens": 128, "dictionary.products": products})
+
+
+def step_of(config) -> tuple[float, float]:
+    """Of a real step: FLOPs of its dense products, and bytes that it holds at once, at most."""
+    wires = make_wiring(config.dictionary.wiring, 4, 16)
+    learner = Learner(build(config.dictionary, wires, 0, Shards()), config)
+    batch = {s: torch.randn(128, 16, generator=torch.Generator().manual_seed(0)) for s in wires.sites}
+    learner.train_step(batch, False)
+    with FlopCounterMode(display=False) as counter:
+        learner.train_step(batch, False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        learner.train_step(batch, False)
+    results: Any = watched.profiler
+    found = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return counter.get_total_flops(), most
+
+
+@pytest.mark.parametrize(("gate", "loss", "arrays"), PENALISED, ids=str)
+def test_a_penalty_on_all_pre_activations_costs_an_encoding_and_a_dense_gradient(gate, loss, arrays):
+    """2 F R each, of which the plan is that of a real step; [B, F] arrays of 4 bytes, of which it is close."""
+    config, F, R, B = penalised(gate, loss), 4 * 512, 16, 128
+    load = work_of(config, active=64)
+    assert load.flops["encode"] == 2 * F * R * (2 if arrays else 1)
+    assert load.flops["dense"] == (2 * F * R if arrays else 0)
+    real, bytes_held = step_of(config)
+    assert real == B * (load.flops["encode"] + load.flops["dense"])
+    held = plan.memory(replace(load, begins_dense=False), 1, 1, 1)
+    assert held.get("pre-activations", 0) == arrays * 4 * B * F
+    if arrays:
+        assert arrays * 4 * B * F < bytes_held < (arrays + 1.5) * 4 * B * F
+    elif gate == FEW:
+        assert bytes_held < 1.5 * 4 * B * F
+
+
+def test_dense_products_share_the_pre_activations_of_a_penalty():
+    """They make all anyway: 2R + 3W a feature, doubled, and one [B, F] array more instead of two."""
+    config = penalised(FEW, TANH | {"preactivation": 1e-3}, "dense")
+    load = work_of(config)
+    assert sum(load.flops.values()) == load.dense_flops == 2 * 512 * (4 * 2 * 16 + 3 * (64 + 48 + 32 + 16))
+    assert step_of(config)[0] == 128 * load.dense_flops
+    assert plan.memory(load, 1, 1, 1)["pre-activations"] == 4 * 128 * 4 * 512
+
+
+def test_a_penalty_takes_time():
+    free, bound = (work_of(penalised(FEW, TANH | {"preactivation": p}), active=64) for p in (0.0, 1e-3))
+    found = [plan.predict(load, SLOW, "float32", 1, 1) for load in (free, bound)]
+    more = 2 * 2 * 2048 * 16 * 128 / (100 * GB), 19 * 4 * 2048 * 128 / (10 * GB)
+    assert found[1].seconds - found[0].seconds == pytest.approx(sum(more))
+
+
+# ---------------------------------------------------------------- products of more than the active features
+
+
+def test_what_products_of_jumprelu_take_in_is_not_known():
+    """Neither a target of l0 nor a guess says it: dense, unless somebody does."""
+    gate = {"dictionary.gate": {"kind": "jumprelu"}, "dictionary.features": 1024}
+    config = settings(**gate, **{"train.loss": {"sparsity": L0["sparsity"] | {"target_l0": 32}}})
+    load, told = work_of(config), work_of(config, active=256)
+    assert not load.known
+    assert load.active == [1024] * 4
+    step = plan.memory(load, 1, 1, 1)  # dense products list no entries: "features" are tiles of selection alone
+    assert step["features"] == 3 * 4 * load.tokens * 1024
+    assert not any(g.sparse for g in load.groups)
+    assert told.known
+    assert told.active == [64] * 4
+    assert all(g.sparse for g in told.groups)
+
+
+@pytest.mark.parametrize(
+    ("products", "gate", "dense"),
+    [
+        ("auto", {"kind": "jumprelu"}, True),
+        ("auto", {"kind": "relu"}, True),
+        ("sparse", {"kind": "relu"}, False),
+        ("auto", {"kind": "topk", "k": 16}, False),
+    ],
+)
+def test_memory_is_that_of_the_first_steps(products, gate, dense):
+    """Which are dense without a budget: 4 arrays [B, F] of 4 bytes."""
+    changes = {"dictionary.gate": gate, "dictionary.features": 1024, "dictionary.products": products}
+    config = settings(**changes, **{"train.batch_tokens": 64})
+    load = work_of(config, active=16)
+    assert all(g.sparse for g in load.groups)
+    assert plan.memory(load, 1, 1, 1)["dense features"] == (4 * 4 * 64 * 4 * 1024 if dense else 0)
+
+
+# ---------------------------------------------------------------- moments and checkpoints
+
+
+@pytest.mark.parametrize(("features", "width"), [(4096, 16), (512, 16), (130, 12)])
+def test_moments_of_8_bits_take_what_they_really_take(features, width):
+    """2 + 8/256 bytes a value, but 8 in tensors of under 4,096 or not of whole blocks; the two maps of 256 values that
+    each tensor names are not counted."""
+    config = settings(
+        **{
+            "dictionary.wiring": {"kind": "clt"},
+            "dictionary.features": features,
+            "train.optimizer": {"states": "int8"},
+            "train.loss": {},
+        }
+    )
+    made = build(config.dictionary, make_wiring(config.dictionary.wiring, 4, width), 0, Shards())
+    learner, load = Learner(made, config), work_of(config, 4, width)
+    learner.state()
+    real = 0
+    for state in learner.optimizer.state.values():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            parts = (moment.codes, moment.scale) if hasattr(moment, "codes") else (moment,)
+            real += sum(part.nbytes for part in parts)
+    assert load.moments(load.parameters, 1) == real
+    if features == 4096:  # all but b_dec [4 width] in blocks
+        assert real == 2.03125 * (load.parameters - 4 * width) + 8 * 4 * width
+
+
+def test_where_a_checkpoint_is_taken_moments_are_unpacked():
+    """8 bytes a parameter, if that is more than what a step holds; it does not if the batch is large."""
+    wide = {"dictionary.features": 4096, "train.optimizer": {"states": "int8"}}
+    load = work_of(settings(**wide, **{"train.batch_tokens": 8}), 4, 256)
+    held = plan.memory(load, 1, 1, 1)
+    assert held["moments unpacked"] == 8 * load.parameters
+    assert "batch" not in held
+    assert held["gradients and optimizer"] / load.parameters == pytest.approx(4 + 2.03125, rel=1e-3)
+    many = replace(load, tokens=10**7)
+    assert "moments unpacked" not in plan.memory(many, 1, 1, 1)
+    assert "batch" in plan.memory(many, 1, 1, 1)
+
+
+def test_checkpoints_are_written_from_a_copy_of_12_bytes_a_parameter():
+    """Of the rank's own memory where that is the host's; twice as many in float64; half of it on each of two ranks."""
+    load = work_of(settings())
+    for host in (False, True):
+        more = sum(plan.memory(load, 2, 1, 1, host).values()) - sum(plan.memory(load, 2, 1, 1).values())
+        assert more == pytest.approx(12 * -(-load.parameters // 2) if host else 0)
+    assert load.copy(1) == 12 * load.parameters
+    assert work_of(settings(**{"train.precision": "float64"})).copy(1) == 24 * load.parameters
+    waiting = work_of(settings(**{"train.async_checkpoints": False}))
+    assert waiting.copy(1) == 0
+    assert plan.memory(waiting, 1, 1, 1, host=True) == plan.memory(waiting, 1, 1, 1)
+
+
+# ---------------------------------------------------------------- time and layouts
+
+
 @pytest.mark.parametrize(
     ("tokens", "change", "expected"),
     [(1024, {}, "arithmetic"), (8, {}, "optimizer"), (1024, {"link": 1e-4 * GB}, "communication")],
@@ -112,7 +283,7 @@ def test_only_ranks_that_share_work_speak():
 
 def test_layouts_that_fit_come_fastest_first():
     config = settings(**{"train.batch_tokens": 1024})
-    found = plan.layouts(config, work_of(config), SLOW, 4, 0.0)
+    found = layouts(config, work_of(config), SLOW, 4, 0.0)
     assert {(each.tensor_parallel, each.replicas) for each in found} == {(1, 4), (2, 2), (4, 1)}
     assert [f.prediction.seconds for f in found] == sorted(f.prediction.seconds for f in found)
 
@@ -120,7 +291,7 @@ def test_layouts_that_fit_come_fastest_first():
 def test_why_nothing_fits():
     config = settings(**{"dictionary.features": 2**24, "train.batch_tokens": 1023, "train.accumulate": 1})
     with pytest.raises(UserError) as error:
-        plan.layouts(config, work_of(config), SLOW, 8, 0.0)
+        layouts(config, work_of(config), SLOW, 8, 0.0)
     text = str(error.value)
     assert "\n" not in text
     assert "no layout fits 8 x slow" in text
@@ -131,7 +302,7 @@ def test_why_nothing_fits():
 def test_a_rank_that_is_too_large_says_how_large():
     config = settings(**{"dictionary.features": 2**24, "train.batch_tokens": 1024})
     with pytest.raises(UserError, match=r"tp 4 needs [\d.]+ of 14\.7 GB a rank"):
-        plan.layouts(config, work_of(config), SLOW, 4, 0.0)
+        layouts(config, work_of(config), SLOW, 4, 0.0)
 
 
 def test_the_roofline_is_below_every_prediction():
@@ -165,6 +336,26 @@ def test_the_forecast_says_what_a_user_asks(monkeypatch):
     assert "tp 1 x 8 replicas" in text
     assert "tp 8 x 1 replicas" in text
     assert "binds" in text
+
+
+def test_the_forecast_says_what_is_not_as_usual(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    usual = "\n".join(lines_of(settings(**{"train.async_checkpoints": False}), "h100"))
+    assert not any(line in usual for line in ("penalty ", "memory  ", "moments  ", "checkpoints  ", "--active"))
+    changes = {"dictionary.gate": {"kind": "jumprelu"}, "dictionary.features": 8192}
+    loss = {"train.loss": TANH | {"preactivation": 3e-6}, "train.optimizer": {"states": "int8"}}
+    config = settings(**changes, **loss)
+    text = "\n".join(lines_of(config, "h100"))
+    assert "products      of 32,768 features a token at most: those above the threshold and half a bandwidth" in text
+    assert "sparse in no groups" in text
+    assert "penalty       reads all pre-activations" in text
+    assert "moments       2.04 bytes a parameter, and 8 more while a checkpoint is taken" in text
+    copy = 12 * work_of(config, 4, 128).parameters / GB
+    assert f"a copy of {copy:,.1f} GB a replica in host memory, beside the ranks below" in text
+    told = "\n".join(lines_of(config, "h100", active=256))
+    assert "of 256 features a token (--active), those above the threshold" in told
+    assert "sparse in all groups" in told
+    assert "memory        of dense features" in told
 
 
 def test_a_live_source_takes_memory_and_the_disk_of_its_sample(monkeypatch):

@@ -1,9 +1,9 @@
-"""The plan of a run in words: what `jobs/plan.py` prints, line by line."""
+"""The plan of a run in words, and the layouts that fit: what `jobs/plan.py` prints, line by line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoConfig
@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from xlc_ray.activations import sites
 from xlc_ray.activations.text import from_pretrained
 from xlc_ray.config import Config, UserError
+from xlc_ray.config.dictionary import JumpReluGate
 from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary.build import make_wiring
 from xlc_ray.dictionary.wiring import Wiring
@@ -37,6 +38,7 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
     load = plan.work(config, wires, active)
     stored = _bytes_of_token(config, wires, *widths)
     yield from _cost(config, load)
+    yield from _held(load, gpu is None)
     train = config.generate.tokens
     if isinstance(config.source, LiveSource):
         train = train if config.source.tee else min(train, config.source.sample_tokens)
@@ -74,14 +76,16 @@ def _cost(config: Config, load: plan.Work) -> Iterator[str]:
         f"{load.parameters / 1e6:,.1f}M parameters"
     )
     which = "all" if len(sparse) == len(load.groups) else "no" if not sparse else str(len(sparse))
-    yield (
-        f"active        {sum(load.active):,.0f} features a token"
-        f"{'' if load.known else ' (a guess: --active says otherwise)'}; sparse products in {which} groups"
-    )
+    yield f"products      of {sum(load.active):,.0f} features a token{_why(config, load)}; sparse in {which} groups"
     yield (
         f"FLOPs a token {flops['encode'] / 1e6:,.1f}M to encode, {(flops['sparse'] + flops['dense']) / 1e6:,.1f}M in "
-        f"all products of active features ({load.dense_flops / sum(flops.values()):.1f} x as many if all were dense)"
+        f"all products ({load.dense_flops / sum(flops.values()):.1f} x as many if all were dense)"
     )
+    if load.penalty:
+        yield (
+            "penalty       reads all pre-activations, also where products are sparse: made once more, held with their "
+            "gradient, and the encoder's gradient is dense"
+        )
     moved = load.number * load.parameters * (8 + load.clip)
     yield (
         f"bytes a token {moved / batch / 1e6:,.2f} MB of weights, gradients and moments "
@@ -89,12 +93,39 @@ def _cost(config: Config, load: plan.Work) -> Iterator[str]:
     )
 
 
-def _everywhere(config: Config, load: plan.Work, device: Machine, nodes: int, read: float) -> list[plan.Layout]:
+def _why(config: Config, load: plan.Work) -> str:
+    """Where the number of features in products comes from."""
+    if isinstance(config.dictionary.gate, JumpReluGate):
+        which = "above the threshold and half a bandwidth below it, more than l0"
+        if load.known:
+            return f" (--active), those {which}"
+        return f" at most: those {which}, are not known before a run (--active says otherwise)"
+    return "" if load.known else " (a guess: --active says otherwise)"
+
+
+def _held(load: plan.Work, host: bool) -> Iterator[str]:
+    """What memory depends on besides the layout."""
+    if load.begins_dense and any(g.sparse for g in load.groups):
+        yield "memory        of dense features: the first steps may be dense"
+    if load.int8:
+        own = load.parameters
+        yield (
+            f"moments       {load.moments(own, 1) / own:.2f} bytes a parameter, and {2 * load.number} more while a "
+            "checkpoint is taken, when a step's activations are not there"
+        )
+    if load.copied:
+        yield (
+            f"checkpoints   are written from a copy of {load.copy(1) / GB:,.1f} GB a replica in host memory, "
+            f"{'counted below' if host else 'beside the ranks below'} (train.async_checkpoints: false takes none)"
+        )
+
+
+def _everywhere(config: Config, load: plan.Work, device: Machine, nodes: int, read: float) -> list[Layout]:
     """All layouts that fill the nodes."""
-    return plan.layouts(config, load, device, nodes * device.node, read)
+    return layouts(config, load, device, nodes * device.node, read)
 
 
-def _here(config: Config, load: plan.Work, device: Machine, read: float) -> list[plan.Layout]:
+def _here(config: Config, load: plan.Work, device: Machine, read: float) -> list[Layout]:
     """The layout of the settings, whose ranks share this machine."""
     t, r = config.cluster.tensor_parallel, config.cluster.replicas
     ranks = t * r
@@ -105,7 +136,7 @@ def _here(config: Config, load: plan.Work, device: Machine, read: float) -> list
         bandwidth=device.bandwidth / ranks,
         node=ranks,
     )
-    found = plan.layout(config, load, part, t, r, read)
+    found = layout(config, load, part, t, r, read)
     room = plan.USABLE * device.memory
     if found.bytes * ranks > room:
         raise UserError(
@@ -115,7 +146,7 @@ def _here(config: Config, load: plan.Work, device: Machine, read: float) -> list
     return [found]
 
 
-def _line(config: Config, load: plan.Work, found: plan.Layout) -> str:
+def _line(config: Config, load: plan.Work, found: Layout) -> str:
     seconds = found.prediction.seconds
     p = found.prediction
     parts = {"encode": p.encode, "select": p.select, "products": p.products, "optimizer": p.optimizer}
@@ -126,3 +157,53 @@ def _line(config: Config, load: plan.Work, found: plan.Layout) -> str:
         f"{load.tokens / seconds:,.0f} tokens/s, {duration(seconds * config.train.steps)} for all steps; "
         f"{p.binds} binds ({shares})"
     )
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to place a run: ranks a replica, replicas, bytes of a rank, and the time of a step."""
+
+    tensor_parallel: int
+    replicas: int
+    memory: Mapping[str, float]
+    prediction: plan.Prediction
+
+    @property
+    def bytes(self) -> float:
+        """Of a rank."""
+        return sum(self.memory.values())
+
+
+def layout(
+    config: Config, load: plan.Work, device: Machine, tensor_parallel: int, replicas: int, data: float
+) -> Layout:
+    """One placement, whether it fits or not."""
+    held = plan.memory(load, tensor_parallel, replicas, config.train.accumulate, host=device.name == "cpu")
+    time = plan.predict(load, device, config.train.precision, tensor_parallel, replicas, data)
+    return Layout(tensor_parallel, replicas, held, time)
+
+
+def layouts(config: Config, load: plan.Work, device: Machine, devices: int, data: float) -> list[Layout]:
+    """Placements on so many devices that fit, fastest first. Raises UserError, which says why, where none does."""
+    room, refused = plan.USABLE * device.memory, []
+    fitting = []
+    for t in (n for n in range(1, devices + 1) if devices % n == 0):
+        r = devices // t
+        if t > device.node or device.node % t:
+            refused.append(f"tp {t} would leave the node of {device.node}")
+        elif t > config.dictionary.features:
+            refused.append(f"tp {t} exceeds dictionary.features = {config.dictionary.features}")
+        elif config.train.batch_tokens % (r * config.train.accumulate):
+            refused.append(f"tp {t} x {r} replicas do not divide train.batch_tokens = {config.train.batch_tokens}")
+        else:
+            found = layout(config, load, device, t, r, data)
+            if found.bytes <= room:
+                fitting.append(found)
+            else:
+                refused.append(f"tp {t} needs {found.bytes / GB:.1f} of {room / GB:.1f} GB a rank")
+    if not fitting:
+        raise UserError(f"plan: no layout fits {devices} x {device.name}: {'; '.join(refused)}; use more devices")
+    return sorted(fitting, key=lambda found: found.prediction.seconds)

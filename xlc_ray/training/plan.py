@@ -1,11 +1,13 @@
 """What a run will cost, before anything runs: pure arithmetic on the settings.
 
     encoder forward          2 Σ F R          FLOPs a token; F features, R read and W written width of a group
-    encoder gradient         2 Σ n R          n active features (F where products are dense)
+    encoder gradient         2 Σ n R          n features that products take in (F where they are dense)
     decoder, ∂f, ∂W_dec      2 Σ n W  each
+    penalty on all pre       4 Σ F R          where products are sparse: made once more, and a dense gradient
     optimizer                32 bytes a parameter and step (Adam, clipping included), 4 more for the gradient's norm
     communication            tensor parallel: ŷ once; replicas: the gradient once
-    memory of a rank         16 bytes a parameter (weight, gradient, two moments), and a batch's activations
+    memory of a rank         16 bytes a parameter (weight, gradient, two moments), and a batch's activations; on CPUs
+                             12 bytes more for the copy that checkpoints are written from
 
 A step takes the sum of its phases, each as long as the slower of its arithmetic and its memory traffic; data are read
 meanwhile.
@@ -13,11 +15,10 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xlc_ray.config import Config, UserError
-from xlc_ray.config.dictionary import BatchTopKGate, TopKGate
+from xlc_ray.config import Config
+from xlc_ray.config.dictionary import BatchTopKGate, JumpReluGate, TopKGate
 from xlc_ray.dictionary.encoding import TILE
 from xlc_ray.dictionary.selection import SLACK
 from xlc_ray.dictionary.sparse import BREAK_EVEN
@@ -30,13 +31,19 @@ PROCESS = 0.7 * GB  # what a rank holds besides: the interpreter and torch
 USABLE = 0.92  # of a device's memory
 DATA_RATE = 0.3 * GB  # bytes/s that one reader hands to its replica
 SELECT_PASSES = 5  # times that selection reads or writes each pre-activation
+PENALTY = {"preactivation": (2, 19), "hard_concrete": (2, 10), "gated_hard_concrete": (3, 13)}
+"""Penalties on all pre-activations (the loss, or the l0 of a gate with `counts_all`): arrays [B, F] of each group that
+one holds at once, and times that it reads or writes one."""
+BLOCK = 256
+"""Values of an int8 moment with a scale of 4 bytes; tensors of under 16 blocks, or not of whole ones, stay as they are
+(torchao)."""
 ENTRY_BYTES = 120  # moved by selection, sorting and index arithmetic for each active entry
 
 
 @dataclass(frozen=True)
 class Group:
-    """One feature group: features, read and written width, columns of the decoder that it stores, active features a
-    token, and whether products are sparse."""
+    """One feature group: features, read and written width, columns of the decoder that it stores, features a token
+    that products take in, and whether these are sparse."""
 
     features: int
     read: int
@@ -59,7 +66,17 @@ class Work:
     """Parameters besides encoders and decoders."""
     clip: bool
     known: bool
-    """Whether the gate says how many features are active."""
+    """Whether anybody says how many features products take in."""
+    ranks: bool
+    """Whether the gate has a budget, for which entries are listed also where products are dense."""
+    begins_dense: bool
+    """Whether the first steps may be dense, whatever the later ones are."""
+    penalty: tuple[int, int] | None
+    """What PENALTY says of the one there is."""
+    int8: bool
+    """Whether moments are held in 8 bits."""
+    copied: bool
+    """Whether checkpoints are written from a copy in host memory."""
     number: int
     """Bytes of a parameter."""
 
@@ -81,23 +98,46 @@ class Work:
     @property
     def flops(self) -> dict[str, float]:
         """FLOPs of a token: `encode`, `products` (sparse) and `dense` ones."""
-        encode = 2 * sum(g.features * g.read for g in self.groups)
-        found = {"encode": encode, "sparse": 0.0, "dense": 0.0}
+        found = {"encode": 0.0, "sparse": 0.0, "dense": 0.0}
         for g in self.groups:
+            again = 2 * g.features * g.read if self.penalty and g.sparse else 0  # dense products make all pre anyway
+            found["encode"] += 2 * g.features * g.read + again
             found["sparse" if g.sparse else "dense"] += 2 * g.active * (3 * g.written + g.read)
+            found["dense"] += again
         return found
+
+    def moments(self, own: int, tensor_parallel: int) -> float:
+        """Bytes of both moments on a rank with so many parameters."""
+        eight = 0
+        if self.int8:
+            rows = ((-(-g.features // tensor_parallel), g) for g in self.groups)
+            sizes = [n for f, g in rows for n in (f * g.read, f * g.stored, f)]
+            eight = sum(n for n in sizes if n >= 16 * BLOCK and n % BLOCK == 0)
+        return 2 * (self.number * (own - eight) + (1 + 4 / BLOCK) * eight)
+
+    def copy(self, tensor_parallel: int) -> float:
+        """Bytes of host memory that a rank's copy for checkpoints takes: parameters and moments, unpacked."""
+        return 3.0 * self.number * -(-self.parameters // tensor_parallel) if self.copied else 0.0
 
 
 def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
-    """What a step has to do. `active`: features a token, of all groups together, where the gate does not say."""
+    """What a step has to do. `active`: features a token, of all groups together, where the gate does not say.
+
+    Products of jumprelu take in all with pre > θ - ε/2, which are more than its l0 and not known before: without
+    `active` they are taken to be dense, as they are when a run begins."""
     d, train = config.dictionary, config.train
     gate, loss = d.gate, train.loss
     target = loss.sparsity.target_l0 if loss.sparsity else None
-    known = isinstance(gate, TopKGate | BatchTopKGate) or target is not None
+    budget = isinstance(gate, TopKGate | BatchTopKGate)
     if isinstance(gate, TopKGate | BatchTopKGate):
         each = gate.k / (1 if gate.pool == "group" else wires.groups)
+    elif isinstance(gate, JumpReluGate):
+        each = active / wires.groups if active else d.features
     else:
         each = (target or active or ASSUMED_ACTIVE * wires.groups) / wires.groups
+    told = active if isinstance(gate, JumpReluGate) else target or active
+    counts_all = loss.sparsity is not None and loss.sparsity.kind == "l0" and getattr(gate, "input_dependent", True)
+    penalty = PENALTY.get("preactivation" if loss.preactivation else gate.kind if counts_all else "")
     groups = []
     for g, (reads, writes) in enumerate(zip(wires.reads, wires.writes, strict=True)):
         share = min(each, d.features) / d.features
@@ -111,40 +151,54 @@ def work(config: Config, wires: Wiring, active: float | None = None) -> Work:
     second = sum(wires.width(reads) for reads in wires.reads) if getattr(gate, "input_dependent", False) else 0
     extra = written + (skips if wires.skip else 0) + d.features * (wires.groups * a_feature + second)
     return Work(
-        tuple(groups),
-        train.batch_tokens,
-        wires.width(wires.read_sites),
-        written,
-        wires.width(wires.sites),
-        extra,
-        train.clip_norm is not None,
-        known,
-        8 if train.precision == "float64" else 4,
+        groups=tuple(groups),
+        tokens=train.batch_tokens,
+        read=wires.width(wires.read_sites),
+        written=written,
+        stored=wires.width(wires.sites),
+        extra=extra,
+        clip=train.clip_norm is not None,
+        known=budget or told is not None,
+        ranks=budget,
+        begins_dense=d.products == "auto" and not budget,
+        penalty=penalty,
+        int8=train.optimizer.states == "int8",
+        copied=train.async_checkpoints,
+        number=8 if train.precision == "float64" else 4,
     )
 
 
 # ---------------------------------------------------------------- memory
 
 
-def memory(load: Work, tensor_parallel: int, replicas: int, accumulate: int) -> dict[str, float]:
-    """Bytes of a rank at the worst moment of a step, by what they are for."""
+def memory(load: Work, tensor_parallel: int, replicas: int, accumulate: int, host: bool = False) -> dict[str, float]:
+    """Bytes of a rank at its worst moment, by what they are for: in a step, or where a checkpoint is taken (moments of
+    8 bits are unpacked for it). `host`: the device's memory is the host's, where copies for checkpoints lie."""
     rows = load.tokens / replicas / accumulate
     own = -(-load.parameters // tensor_parallel)
-    states = 4 * load.number * own
+    moments = load.moments(own, tensor_parallel)
     widths = 2 * (load.read + load.written) + 4 * load.written + sum(g.written for g in load.groups)
-    entries = rows * sum(g.active for g in load.groups) / tensor_parallel
-    dense = rows * sum(g.features for g in load.groups if not g.sparse) / tensor_parallel
-    found = {
+    entries = rows * sum(g.active for g in load.groups if g.sparse or load.ranks) / tensor_parallel
+    dense = rows * sum(g.features for g in load.groups if load.begins_dense or not g.sparse) / tensor_parallel
+    always = {
         "parameters": float(load.number * own),
-        "gradients and optimizer": states - load.number * own,
+        "gradients and optimizer": load.number * own + moments,
+        "process": PROCESS,
+    }
+    if host and load.copied:
+        always["copy for checkpoints"] = load.copy(tensor_parallel)
+    step = {
         "batch": load.number * rows * widths,
         "features": entries * SLACK * 24 + 3 * load.number * min(TILE, rows * max(g.features for g in load.groups)),
         "dense features": 4 * load.number * dense,
-        "process": PROCESS,
     }
+    if load.penalty:  # pre itself is among what dense features hold
+        held = load.penalty[0] * rows * sum(g.features for g in load.groups) / tensor_parallel - dense
+        step["pre-activations"] = load.number * held
     if replicas > 1:
-        found["gradients of replicas"] = float(load.number * own)
-    return found
+        step["gradients of replicas"] = float(load.number * own)
+    taken = {"moments unpacked": 2.0 * load.number * own} if load.int8 else {}
+    return always | max(step, taken, key=lambda moment: sum(moment.values()))
 
 
 # ---------------------------------------------------------------- time
@@ -165,7 +219,7 @@ def roofline(load: Work, device: Machine, precision: str, ranks: int = 1) -> dic
 
     active = flops["sparse"] + flops["dense"]
     return {
-        "encode": slower(tokens * flops["encode"], number * encoders),
+        "encode": slower(tokens * 2 * encoders, number * encoders),
         "products": slower(tokens * active, number * (2 * decoders + load.parameters)),
         "optimizer": 7 * number * load.parameters / device.bandwidth / ranks,
     }
@@ -219,7 +273,7 @@ def predict(
         speak += 2 * (tensor_parallel - 1) / tensor_parallel * batch * load.written * number / device.link
     if replicas > 1:
         speak += 2 * (replicas - 1) / replicas * own * number / link
-    passes = SELECT_PASSES * number * scores + ENTRY_BYTES * entries
+    passes = (SELECT_PASSES + (load.penalty or (0, 0))[1]) * number * scores + ENTRY_BYTES * entries
     return Prediction(
         encode=tokens * flops["encode"] / rate / ranks,
         select=passes / device.bandwidth / ranks,
@@ -228,51 +282,3 @@ def predict(
         communication=speak,
         data=batch * data / DATA_RATE,
     )
-
-
-# ---------------------------------------------------------------- layouts
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to place a run: ranks a replica, replicas, bytes of a rank, and the time of a step."""
-
-    tensor_parallel: int
-    replicas: int
-    memory: Mapping[str, float]
-    prediction: Prediction
-
-    @property
-    def bytes(self) -> float:
-        """Of a rank."""
-        return sum(self.memory.values())
-
-
-def layout(config: Config, load: Work, device: Machine, tensor_parallel: int, replicas: int, data: float) -> Layout:
-    """One placement, whether it fits or not."""
-    held = memory(load, tensor_parallel, replicas, config.train.accumulate)
-    time = predict(load, device, config.train.precision, tensor_parallel, replicas, data)
-    return Layout(tensor_parallel, replicas, held, time)
-
-
-def layouts(config: Config, load: Work, device: Machine, devices: int, data: float) -> list[Layout]:
-    """Placements on so many devices that fit, fastest first. Raises UserError, which says why, where none does."""
-    room, refused = USABLE * device.memory, []
-    fitting = []
-    for t in (n for n in range(1, devices + 1) if devices % n == 0):
-        r = devices // t
-        if t > device.node or device.node % t:
-            refused.append(f"tp {t} would leave the node of {device.node}")
-        elif t > config.dictionary.features:
-            refused.append(f"tp {t} exceeds dictionary.features = {config.dictionary.features}")
-        elif config.train.batch_tokens % (r * config.train.accumulate):
-            refused.append(f"tp {t} x {r} replicas do not divide train.batch_tokens = {config.train.batch_tokens}")
-        else:
-            found = layout(config, load, device, t, r, data)
-            if found.bytes <= room:
-                fitting.append(found)
-            else:
-                refused.append(f"tp {t} needs {found.bytes / GB:.1f} of {room / GB:.1f} GB a rank")
-    if not fitting:
-        raise UserError(f"plan: no layout fits {devices} x {device.name}: {'; '.join(refused)}; use more devices")
-    return sorted(fitting, key=lambda found: found.prediction.seconds)
