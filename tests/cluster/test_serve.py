@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.activations.build import SITES, make
+from tests.cluster.actors import actors
 from xlc_ray import files
 from xlc_ray.activations import source, store
 from xlc_ray.activations.order import Order
@@ -17,6 +24,7 @@ from xlc_ray.cluster import data
 from xlc_ray.cluster.generate import generate
 from xlc_ray.cluster.serve import serve_nodes
 from xlc_ray.config import UserError
+from xlc_ray.config.sources import HttpSource
 from xlc_ray.serving.places import Terms
 
 pytestmark = pytest.mark.cluster
@@ -49,6 +57,27 @@ def test_generation_uploads_to_an_actor_and_ray_data_reads_back_the_same_batches
         ]
         for one, other in zip(*streams, strict=True):
             assert all(torch.equal(one[site], other[site]) for site in sites)
+    serving.stop()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_serves_again_at_its_address(cluster, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    make(tmp_path / "x", [9])
+    serving = serve_nodes("CPU", str(tmp_path), None, TERMS, port)
+    at_server = HttpSource(url=serving.urls[0], dataset_id="x")
+    before = store.open_source(at_server).read(0, 0, 9, list(SITES))
+    (actor,) = actors("_Server")
+    os.kill(actor.pid, signal.SIGKILL)
+    for _ in range(600):
+        with suppress(UserError):  # no answer, six times
+            after = store.open_source(at_server).read(0, 0, 9, list(SITES))
+            break
+        time.sleep(0.1)
+    assert [other.pid for other in actors("_Server")] != [actor.pid]
+    assert all(np.array_equal(after[site], before[site]) for site in SITES)
     serving.stop()
 
 
