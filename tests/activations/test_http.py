@@ -113,7 +113,7 @@ def test_a_server_takes_no_chunks_whose_rows_it_could_not_give(served):
 def test_answers_are_bounded_in_bytes(served, monkeypatch):
     url, root = served
     here = make(root / "wide", [300, 40])
-    monkeypatch.setattr(http, "_REQUEST", 4096)
+    monkeypatch.setattr(http, "_ANSWER", 4096)
     asked = []
 
     def slice_of(fs, dataset, chunk, rows, sites):

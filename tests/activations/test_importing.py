@@ -227,8 +227,10 @@ def mistakes(directory):
 
 def test_mistakes_are_one_line(tmp_path, capfd):
     for where, says in mistakes(tmp_path).items():
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=says) as error:
             list(find_rows(str(tmp_path / where), None)[0].blocks())
+        file = where.split(":")[0]
+        assert str(error.value).count(f"{tmp_path / file}:") == 1, "named once"
     with pytest.raises(UserError, match="3 bytes are no whole number of float16"):
         find_rows(str(tmp_path / "odd.parquet:raw"), "float16")
     assert "run" not in capfd.readouterr().out, "nothing pickled is run"

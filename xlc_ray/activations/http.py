@@ -19,7 +19,8 @@ from xlc_ray.activations.manifest import ChunkRecord, Manifest, SiteStatistics
 from xlc_ray.config import UserError
 from xlc_ray.web import ServedFileSystem
 
-_REQUEST = 8 << 20  # bytes of an answer, at most, but for a row
+_ROWS = 8192  # of a request, at most
+_ANSWER = 8 << 20  # bytes, at most, but for a row
 _REQUESTS = 8  # at once
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -32,7 +33,7 @@ def fill(
     ours = manifest.fingerprint is not None
     sites = list(out) if ours else list(manifest.sites)
     row_bytes = sum(manifest.sites[site] for site in sites) * next(iter(out.values())).itemsize
-    most = min(8192, max(1, _REQUEST // row_bytes))
+    most = min(_ROWS, max(1, _ANSWER // row_bytes))
     cuts = np.flatnonzero(np.diff(chunk)) + 1
     parts = [
         part[start : start + most]

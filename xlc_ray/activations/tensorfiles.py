@@ -78,6 +78,8 @@ def _reading(file: str) -> Iterator[None]:
     """Whatever the libraries raise of a file that is damaged or of another kind, as one line that names it."""
     try:
         yield
+    except UserError:  # which says already what and where
+        raise
     except (OSError, EOFError, pa.ArrowException, NotImplementedError, RuntimeError, ValueError) as error:
         said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"{file}: cannot be read as {Path(file).suffix}: {said}") from None

@@ -15,15 +15,15 @@ Read = Callable[[], Iterable[pa.Table]]
 class Tasks(Datasource):
     """A datasource of read functions, one a task, each yielding tables. They are pickled: they hold plain data."""
 
-    def __init__(self, name: str, reads: Sequence[Read], task_bytes: int | None = None) -> None:
+    def __init__(self, name: str, reads: Sequence[Read], task_bytes: int) -> None:
         super().__init__()
         self._name, self.reads, self._bytes = name, reads, task_bytes
 
     def get_name(self) -> str:
         return self._name
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None if self._bytes is None else self._bytes * len(self.reads)
+    def estimate_inmemory_data_size(self) -> int:
+        return self._bytes * len(self.reads)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None

@@ -24,7 +24,7 @@ from xlc_ray.dictionary.features import Features
 from xlc_ray.dictionary.selection import LEAST, Picked, Tile, Tiles, above, best_of_batch, best_of_tokens
 from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import Support
-from xlc_ray.dictionary.zscore import ZScores
+from xlc_ray.dictionary.zscore import ZScores, mean_so_far
 
 Norms = list[Tensor] | None
 Selected = tuple[dict[int, Picked | None], list[Limit]]
@@ -209,7 +209,7 @@ class TopK(Gate):
             found, limits, others = best_of_tokens(tiles, self.k, score, self.over_groups, self.shards, extra)
         if self.shared:
             kept = torch.stack([_mean_of_finite(limit.value) for limit in limits])
-            self.smallest_kept = (self.smallest_kept * self._parts + kept) / (self._parts + 1) if self._parts else kept
+            self.smallest_kept = mean_so_far(self.smallest_kept, self._parts, kept)
             self._parts += 1
         return dict(found), others
 

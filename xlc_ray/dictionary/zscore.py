@@ -17,6 +17,11 @@ from xlc_ray.dictionary.shards import Shards
 LEAST_SPREAD = 1e-6
 
 
+def mean_so_far(mean: Tensor, parts: int, new: Tensor) -> Tensor:
+    """The mean over one part more; of the first it is that part, bit for bit."""
+    return (mean * parts + new) / (parts + 1) if parts else new
+
+
 class ZScores(nn.Module):
     """`sizes`: features of each group on this rank. The running values are parameters without gradient, so that they
     are split, saved and loaded like all that belongs to features."""
@@ -49,13 +54,12 @@ class ZScores(nn.Module):
         variance = (square - mean.square()).clamp(min=0) * tokens_of_all / max(1, tokens_of_all - 1)
         each = zip(mean.split(self.sizes), variance.sqrt().split(self.sizes), strict=True)
         self._batch = [(m.to(p.dtype), s.to(p.dtype)) for (m, s), p in zip(each, self.mean, strict=True)]
-        n = self._parts
-        before = self._step if n else self._batch
+        before = self._step if self._parts else self._batch
         self._step = [
-            ((mean * n + m) / (n + 1), (std * n + s) / (n + 1))
+            (mean_so_far(mean, self._parts, m), mean_so_far(std, self._parts, s))
             for (mean, std), (m, s) in zip(before, self._batch, strict=True)
         ]
-        self._parts = n + 1
+        self._parts += 1
 
     def of(self, pre: Tensor, g: int) -> Tensor:
         """Scores [b, F] of a tile's pre-activations: by this batch in training, by the running values at inference."""
