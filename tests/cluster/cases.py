@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import ray
+
 from tests.activations.build import make
 from tests.cluster.actors import actors
 from tests.cluster.hosts import Hosts
@@ -159,7 +161,8 @@ def model_actor_killed(stage: Stage) -> Outcome:
 
 
 def node_killed_under_live_training(stage: Stage) -> Outcome:
-    """All processes of a node that has a rank and a language model; a third node has room for both."""
+    """All processes of a node that has a rank and a language model. A third node has room for both, and is taken until
+    then: else the language model might be there, and alone."""
     stage.nodes.fill(NODES)
     changes = {
         "train.steps": 300,
@@ -175,6 +178,8 @@ def node_killed_under_live_training(stage: Stage) -> Outcome:
     train_alone(undisturbed)
     copied = copy_sample(stored.source.path, stage.folder / "live_store")
     changes |= {"cluster.replicas": 2, "cluster.model_actors": NODES, "source": {**LIVE, "path": str(copied)}}
+    taken = ray.remote(num_cpus=1)(Tenant).remote()
+    ray.get(taken.__ray_ready__.remote())
     job = Job("train", settings_of(stage.folder / "live", changes), stage.nodes)
     every = job.config.train.checkpoint_every
     job.at_step(every + every // 2)
@@ -182,9 +187,10 @@ def node_killed_under_live_training(stage: Stage) -> Outcome:
     def both() -> set[str]:
         return {actor.node_id for actor in actors("Harvesting")} & {worker.node_id for worker in workers()}
 
-    wait_for("a node with a rank and a language model", both, job)
+    node = both().pop()
+    ray.kill(taken)
     failed = time.monotonic()
-    stage.nodes.kill(both().pop())
+    stage.nodes.kill(node)
     wait_for("the worker group's end", lambda: "a worker failed" in job.output(), job)
     made = len(job.steps())
     recovered = job.goes_on(made)
@@ -238,6 +244,10 @@ def host_cut_off(stage: Stage) -> Outcome:
     stage.nodes.cut_off(workers()[0].node_id)
     wait_for("the worker group's end", lambda: "a worker failed" in job.output() or "no step for" in job.output(), job)
     return stage.outcome("host cut off from the network, a spare is there", job, failed, len(job.steps()))
+
+
+class Tenant:
+    """Takes the CPUs of a node."""
 
 
 def living(pid: int) -> bool:
