@@ -1,11 +1,8 @@
 """Write a trained dictionary in another program's format, with known answers and a model card; push it to the Hub."""
 
-from pathlib import Path
-
 from xlc_ray.cluster import cli
-from xlc_ray.cluster.session import output_root, run_path
+from xlc_ray.cluster.session import output_path, run_path
 from xlc_ray.export.run import export
-from xlc_ray.files import is_url, local
 
 options = cli.Options(description=__doc__)
 options.add_argument("--run", required=True, metavar="DIR", help="a run directory")
@@ -15,8 +12,7 @@ options.add_argument("--push-to-hub", metavar="USER/NAME", help="also publish it
 
 
 def main(run, format, out, push_to_hub) -> None:
-    out = out if is_url(out) else str(output_root() / Path(local(out)).expanduser())
-    print(export(run_path(run), format, out, push_to_hub))
+    print(export(run_path(run), format, output_path(out), push_to_hub))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Make the medical question-answering corpus: six datasets, each question with its options and answer a document."""
 
-from pathlib import Path
-
 from xlc_ray.activations import medical
 from xlc_ray.cluster import cli
-from xlc_ray.cluster.session import output_root
+from xlc_ray.cluster.session import output_path
 
 options = cli.Options(description=__doc__)
 options.add_argument("--out", required=True, help="new directory; `text.dataset` reads it")
@@ -15,7 +13,7 @@ options.add_argument("--push-to-hub", metavar="USER/NAME", help="also publish it
 
 
 def main(out, sources, source, strict, push_to_hub) -> None:
-    out = str(output_root() / Path(out).expanduser())
+    out = output_path(out)
     made = medical.prepare(out, sources.split(","), dict(source), strict, push_to_hub)
     print("\n".join(f"{name:<28}{count:>9,}" for name, count in made.items()))
     print(f"{sum(made.values()):,} documents at {out}")

@@ -1,12 +1,10 @@
 """Write a store's rows anew in one global random order, the same for any number of workers; all sites together."""
 
 from argparse import SUPPRESS
-from pathlib import Path
 
 from xlc_ray.cluster import cli
-from xlc_ray.cluster.session import output_root
+from xlc_ray.cluster.session import output_path
 from xlc_ray.cluster.shuffle import shuffle
-from xlc_ray.files import is_url, local
 
 options = cli.Options(description=__doc__)
 options.add_argument("--store", required=True, metavar="DIR", dest="path", help="a complete store")
@@ -17,7 +15,7 @@ options.add_argument("--workers", type=int, default=SUPPRESS, metavar="N", help=
 
 
 def main(out: str, **how) -> None:
-    out = out if is_url(out) else str(output_root() / Path(local(out)).expanduser())
+    out = output_path(out)
     made = shuffle(out=out, **how)
     print(f"{made.tokens:,} rows of {len(made.sites)} sites in {len(made.chunks)} chunks at {out}")
 

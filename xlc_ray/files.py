@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from xlc_ray import web
-from xlc_ray.config import UserError
+from xlc_ray.config import Unreachable, UserError
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def again(path: str, call: Callable[[], T]) -> T:
             if not may_pass(error):
                 raise UserError(f"{path}: cannot be used: {said(error)}") from None
             if attempt == web.ATTEMPTS:
-                raise UserError(f"{path}: no answer after {attempt} attempts: {said(error)}") from None
+                raise Unreachable(f"{path}: no answer after {attempt} attempts: {said(error)}") from None
             delay = min(web.FIRST_DELAY * 2 ** (attempt - 1), web.LONGEST_DELAY)
         time.sleep(delay * random.uniform(0.75, 1.25))
     raise AssertionError("the last attempt returns or raises")
@@ -181,6 +181,17 @@ def directories(path: str) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(name(entry["name"]) for entry in found if entry["type"] == "directory")
+
+
+def sizes(path: str) -> dict[str, int]:
+    """Bytes of each file in a directory, by name; empty where there is no such directory."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    try:
+        found = again(path, lambda: fs.ls(inner, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {name(entry["name"]): entry["size"] for entry in found if entry["type"] == "file"}
 
 
 def makedirs(path: str) -> None:

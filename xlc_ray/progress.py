@@ -52,11 +52,6 @@ class Progress:
         if now - self._shown_at >= (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
             self._show(now)
 
-    def note(self, text: str) -> None:
-        """Print a line of its own, above the progress line."""
-        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-        self._stream.flush()
-
     def __enter__(self) -> Progress:
         return self
 

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 import urllib3
 from fsspec import AbstractFileSystem, register_implementation
 
-from xlc_ray.config import UserError
+from xlc_ray.config import Unreachable, UserError
 
 SCHEMES = ("xlc+http", "xlc+https")
 _INSIDE = ("text", "moments", "records")  # directories of a store
@@ -52,7 +52,7 @@ class Web:
             answer = _pool().request(method, url, body=body, headers=headers, retries=retries, timeout=_TIMEOUT)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            raise UserError(f"{url}: no answer after {ATTEMPTS} attempts: {reason}") from None
+            raise Unreachable(f"{url}: no answer after {ATTEMPTS} attempts: {reason}") from None
         if answer.status == 404:
             raise FileNotFoundError(url)
         if answer.status in (401, 403):

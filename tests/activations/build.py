@@ -71,3 +71,8 @@ def chunk_text(index: int, rows: int) -> ChunkText:
     tokens = np.arange(count * 8, dtype=np.int32).reshape(count, 8)
     row = np.arange(rows, dtype=np.int32)
     return ChunkText(index, Windows(tokens, np.full(count, 8, np.int32)), row // 7, row % 7 + 1)
+
+
+def row_tokens(text: ChunkText) -> np.ndarray:
+    """Token id of each row, int32 [rows]."""
+    return text.windows.tokens[text.row_window, text.row_position]

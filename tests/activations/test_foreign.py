@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlc_ray.activations import reading, store
+from xlc_ray.activations import foreign, reading, store
 from xlc_ray.config import UserError
 
 ROWS = [40, 40, 9]
@@ -145,6 +145,16 @@ def test_legacy_index_with_a_repeated_row_is_refused(tmp_path):
     pairs.tofile(tmp_path / "index.bin")
     with pytest.raises(UserError, match=r"index\.bin"):
         store.open_store(str(tmp_path))
+
+
+def test_a_legacy_index_of_many_chunks_is_counted_and_checked_chunk_by_chunk():
+    mix = np.random.default_rng(1)
+    counts = dict(zip(mix.permutation(900)[:300].tolist(), mix.integers(1, 9, 300).tolist(), strict=True))
+    pairs = mix.permutation(np.array([(i, r) for i, rows in counts.items() for r in range(rows)], "<u4"))
+    assert foreign.parse_index(pairs.tobytes(), len(pairs), "index.bin") == sorted(counts.items())
+    pairs[7, 1] = counts[int(pairs[7, 0])]  # beyond its chunk, though each row is named once
+    with pytest.raises(UserError, match=r"index\.bin: does not describe"):
+        foreign.parse_index(pairs.tobytes(), len(pairs), "index.bin")
 
 
 @pytest.mark.parametrize(

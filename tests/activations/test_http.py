@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.activations import test_foreign as foreign
-from tests.activations.build import SITES, make, write
+from tests.activations.build import SITES, make, row_tokens, write
 from xlc_ray import files
 from xlc_ray.activations import http, source, store
 from xlc_ray.activations.order import Order
@@ -46,7 +46,7 @@ def test_it_knows_of_itself_what_the_directory_does(both):
     for site, found in there.statistics().items():
         assert np.array_equal(found.mean, here.statistics()[site].mean)
         assert found.mean_norm == here.statistics()[site].mean_norm
-    assert np.array_equal(there.windows(3).row_tokens(), here.windows(3).row_tokens())
+    assert np.array_equal(row_tokens(there.windows(3)), row_tokens(here.windows(3)))
     there.verify()
 
 
@@ -161,6 +161,27 @@ def test_datasets_of_crosslayer_coding_are_read_by_its_routes(served, dtype, com
     assert np.array_equal(found["mlp_out.2"], values[[88, 39, 57], :, 0, 1])
     assert there.statistics()["mlp_out.10"].std.tolist() == [2.0] * foreign.WIDTH
     assert there.windows(0) is None
+
+
+def test_verify_of_a_dataset_of_crosslayer_coding_reads_every_row_once(served, monkeypatch):
+    url, root = served
+    path, asked, fetch = root / "whole", [], ServedFileSystem.slice
+    path.mkdir()
+    foreign.write(path)
+    foreign.edit(path / "metadata.json", lambda m: m.update(dtype="bfloat16"))
+
+    def slice_of(fs, dataset, chunk, rows, sites):
+        asked.extend((chunk, row) for row in rows)
+        return fetch(fs, dataset, chunk, rows, sites)
+
+    monkeypatch.setattr(ServedFileSystem, "slice", slice_of)
+    monkeypatch.setattr(store, "VERIFIED_AT_ONCE", 16)
+    there = store.open_source(HttpSource(url=url, dataset_id="whole"))
+    there.verify()
+    assert sorted(asked) == [(chunk, row) for chunk, rows in enumerate(foreign.ROWS) for row in range(rows)]
+    (path / "chunk_2.hdf5").unlink()
+    with pytest.raises(UserError, match="chunk 2 is missing"):
+        there.verify()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Activations of other programs' files become the rows of a store: every row once, at all sites together."""
 
+import gc
+import os
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,6 +113,27 @@ def test_every_row_of_every_kind_of_file_is_kept_bit_for_bit(tmp_path, kind, dty
         assert sorted(order[start : min(start + 50, 207)].tolist()) == list(range(start, min(start + 50, 207)))
         assert order[start] != start or order[start + 1] != start + 1
     assert sorted(order[207:].tolist()) == list(range(207, ROWS))
+
+
+@pytest.mark.parametrize("kind", ["pt", "npy", "parquet list", "stream list", "file list"])
+def test_files_of_a_glob_are_open_only_while_they_are_read(tmp_path, kind):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    x = values()
+    for i in range(20):
+        (tmp_path / str(i)).mkdir()
+        where = save(kind, tmp_path / str(i), x)
+    gc.collect()
+    before = opened()
+    rows, _ = find_rows(where.replace("/19/", "/*/"), None)
+    assert opened() == before
+    blocks = rows.blocks()
+    first = next(blocks)
+    assert torch.equal(first, x[: len(first)])
+    assert opened() <= before + 1
+    assert len(first) + sum(map(len, blocks)) == 20 * ROWS
+    assert opened() == before
 
 
 def test_bfloat16_comes_through_bit_for_bit(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.activations.build import SITES, chunk_text, identity, make
+from tests.activations.build import SITES, chunk_text, identity, make, row_tokens
 from xlc_ray.activations import inspect, store, summary
 from xlc_ray.activations.manifest import SiteStatistics
 from xlc_ray.config import UserError
@@ -91,7 +91,7 @@ def test_text_of_a_row_is_that_of_its_window(tmp_path):
         found = inspect.trace(data, 1, row, before=100, after=100)
         window = text.windows.tokens[text.row_window[row]].tolist()
         assert [*found.before, found.token, *found.after] == window
-        assert found.token == text.row_tokens()[row]
+        assert found.token == row_tokens(text)[row]
     short = inspect.trace(data, 1, 6, before=2, after=0)
     assert (short.before, short.token, short.after) == ([5, 6], 7, [])
 

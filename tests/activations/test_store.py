@@ -6,8 +6,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.activations.build import SITES, arrays, chunk_text, identity, make, row_ids, write
+from tests.activations.build import SITES, arrays, chunk_text, identity, make, row_ids, row_tokens, write
 from xlc_ray import files
 from xlc_ray.activations import chunkfile, reading, store
 from xlc_ray.activations.manifest import Moments
@@ -133,7 +134,7 @@ def test_without_its_manifest_a_store_is_still_a_crosslayer_coding_dataset(tmp_p
 def test_rows_trace_back_to_their_text(tmp_path):
     data, expected = make(tmp_path, ROWS), chunk_text(1, 50)
     found = data.windows(1)
-    assert np.array_equal(found.row_tokens(), expected.row_tokens())
+    assert np.array_equal(row_tokens(found), row_tokens(expected))
     assert np.array_equal(found.windows.tokens, expected.windows.tokens)
     (tmp_path / "text/chunk_1.npz").unlink()
     with pytest.raises(UserError, match=r"text/chunk_1\.npz: missing"):
@@ -167,6 +168,32 @@ def test_a_chunk_is_complete_by_record_and_size(tmp_path, where):
     write(path, 2, 13, 100)
     assert store.finish(path, identity(SITES)).tokens == 113
     store.open_store(path).verify()
+
+
+def test_a_store_at_a_url_is_finished_by_three_requests_a_chunk(monkeypatch):
+    path, chunks, asked = "memory://store-test/requests", 40, []
+    store.begin(path, identity(SITES))
+    for index in range(chunks):
+        write(path, index, 2, 2 * index)
+    store.write_plan(path, [2] * chunks)
+    for name in ("cat_file", "info", "ls"):
+        real = getattr(MemoryFileSystem, name)
+
+        def counted(self, place, *args, name=name, real=real, **options):
+            asked.append(f"{name} {place}")
+            return real(self, place, *args, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, name, counted)
+    assert store.missing_chunks(path, chunks) == []
+    assert len(asked) <= 2 * chunks + 1
+    asked.clear()
+    chunks_of = store.finish(path, identity(SITES)).chunks
+    assert [chunk.index for chunk in chunks_of] == list(range(chunks))
+    of_chunks = [one for one in asked if "chunk_" in one]
+    assert len(of_chunks) == len(set(of_chunks)) == 3 * chunks, "record, size and moments, each once"
+    monkeypatch.undo()
+    rows = np.concatenate([arrays(2, 2 * i, "float32")["mlp_in.0"] for i in range(chunks)])
+    np.testing.assert_allclose(store.open_store(path).statistics()["mlp_in.0"].mean[1], rows.mean(0)[1], rtol=1e-12)
 
 
 def test_a_chunk_written_again_is_the_same_file(tmp_path):

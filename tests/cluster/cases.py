@@ -115,7 +115,7 @@ def store_away(stage: Stage) -> Outcome:
 
 def worker_hangs(stage: Stage) -> Outcome:
     """SIGSTOP to one of two ranks: nothing dies, nothing goes on."""
-    job = stage.train("hang", tensor_parallel=2, placement="any", hang_timeout_s=HANG)
+    job = stage.train("hang", tensor_parallel=2, placement="any", hang_timeout_s=HANG, read_retry_s=HANG / 2)
     job.at_step(EVERY + EVERY // 2)
     failed = time.monotonic()
     os.kill(workers()[0].pid, signal.SIGSTOP)

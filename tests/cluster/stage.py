@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
+
 from tests.activations.build import make
 from tests.cluster.nodes import Job, Nodes
 from tests.runs import SITES, settings_in
 from xlc_ray.config import Config
-from xlc_ray.dictionary import checkpoint
+from xlc_ray.dictionary import Shards, checkpoint
 from xlc_ray.training import train_alone
 
 STEPS, EVERY = 240, 60
@@ -74,6 +77,18 @@ class Stage:
 
 
 def equal(run: str, other: str) -> bool:
-    """Whether two runs ended with the same parameters."""
-    found, wanted = (checkpoint.load_dictionary(out)[0].state_dict() for out in (run, other))
-    return all((found[name] - value).abs().max() <= 1e-9 for name, value in wanted.items())
+    """Whether two runs ended with the same parameters, moments, thresholds and counters, to 1e-9."""
+    found, wanted = map(state, (run, other))
+    assert {value.dtype for value in wanted.values() if value.is_floating_point()} >= {torch.float64}
+    return found.keys() == wanted.keys() and all(
+        torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-9) for name, value in wanted.items()
+    )
+
+
+def state(run: str) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint, as they are stored, by name."""
+    step = checkpoint.steps(run)[-1]
+    stored = dcp.FileSystemReader(f"{run}/checkpoints/step_{step}").read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(what.size, dtype=what.properties.dtype) for name, what in stored.items()}
+    checkpoint.load(run, step, tensors, Shards())
+    return tensors

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.activations import test_foreign as foreign
 from tests.runs import small_run_in
 from xlc_ray import files
 from xlc_ray.cluster.inspect import inspect
 from xlc_ray.config import UserError
+from xlc_ray.serving.places import Terms
+from xlc_ray.serving.server import running
 from xlc_ray.training import train_alone
 
 
@@ -59,6 +62,22 @@ def test_verify_finds_an_altered_byte_of_the_held_out_part(tmp_path):
     chunk.write_bytes(raw)
     with pytest.raises(UserError, match=r"held_out/chunk_1\.hdf5: altered"):
         list(inspect(str(tmp_path / "store"), verify=True))
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_verify_reads_the_held_out_part_of_another_programs_store_too(tmp_path, served):
+    for path in (tmp_path / "pile", tmp_path / "pile/held_out"):
+        path.mkdir()
+        foreign.write(path)
+        foreign.edit(path / "metadata.json", lambda known: known.update(dtype="bfloat16"))
+    with running(str(tmp_path), None, Terms(1 << 26, 1 << 24, 1 << 18), "127.0.0.1", 0) as url:
+        path = f"xlc+{url}/pile" if served else str(tmp_path / "pile")
+        said = list(inspect(path, verify=True, shown=0))
+        assert f"held out: 89 rows in {path}/held_out" in said
+        assert "verified: all 6 chunks are readable (they have no checksums)" in said
+        (tmp_path / "pile/held_out/chunk_1.hdf5").write_bytes(b"x")
+        with pytest.raises(UserError, match=r"held_out"):
+            list(inspect(path, verify=True))
 
 
 def test_a_directory_of_neither_is_a_mistake(tmp_path):

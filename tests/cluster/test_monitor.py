@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -18,6 +20,7 @@ from xlc_ray.cluster import control, driver, monitor, runs
 from xlc_ray.cluster.driver import Driver
 from xlc_ray.config import UserError
 from xlc_ray.training import logs, train_alone
+from xlc_ray.training.saving import asked_to_stop
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -193,6 +196,45 @@ def test_logs_follow_the_driver_and_the_workers_of_its_job_alone(shelf, tmp_path
         (run,) = [r for r in runs.find(str(shelf)) if r.name == "half"]
         lines = list(control.log_lines(dataclasses.replace(run, driver=own), lambda: next(rounds)()))
     assert lines == [f"==> {output} <==", "train 1/12", f"==> {ours} <==", "half a line", "second"]
+
+
+def test_a_trial_is_asked_to_stop_and_its_logs_are_what_workers_said_while_they_worked_on_it(shelf, tmp_path):
+    worker = tmp_path / "worker-a-01000000-7.err"
+    worker.write_text("starting\ntrials: lr=0.01 lr=0.02\nboth\ntrials: lr=0.01\nthe first\ntrials: lr=0.02\nslow\n")
+    (tmp_path / "sweep.log").write_text("lr=0.02 running\n")
+    with process() as (_, driven):
+        own = driven.model_copy(update={"logs": str(tmp_path), "output": str(tmp_path / "sweep.log")})
+        (shelf / "sweep" / driver.FILE).write_text(own.model_dump_json())
+        run = runs.pick(runs.find(str(shelf)), "sweep/lr=0.02")
+        assert list(control.log_lines(run, lambda: False)) == [f"==> {worker} <==", "both", "slow"]
+        assert "ends at its next checkpoint" in control.stop(run)
+        (shelf / "sweep" / driver.FILE).unlink()
+    assert asked_to_stop(run.path)
+    assert not asked_to_stop(run.path), "once"
+    with pytest.raises(UserError, match=r"sweep/lr=0\.01: nobody to stop: it is finished"):
+        control.stop(runs.pick(runs.find(str(shelf)), "sweep/lr=0.01"))
+
+
+def test_whoever_else_answers_where_a_dashboard_would_is_none(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert control.client(url) is None
+        with pytest.raises(UserError, match=f"no cluster answers at {url}"):
+            monitor.report(str(tmp_path), url)
+        server.shutdown()
+
+
+def test_a_directory_that_another_process_works_on_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver.ray, "init", None)
+    with process() as (child, driven):
+        (tmp_path / driver.FILE).write_text(driven.model_dump_json())
+        with (
+            pytest.raises(UserError, match=rf"process {child.pid} is working on it \(jobs/train\.py\)"),
+            driver.driving(str(tmp_path)),
+        ):
+            pass
+        assert driver.read(str(tmp_path)) == driven
 
 
 def test_the_job_prints_the_table_without_a_cluster(shelf):

@@ -17,7 +17,7 @@ from tests.runs import settings_in
 from tests.sweeps.make import sweep_in
 from xlc_ray.activations.live import LiveStore
 from xlc_ray.activations.store import open_store
-from xlc_ray.cluster import live_sweep, supervisor, sweep
+from xlc_ray.cluster import live_sweep, placement, supervisor, sweep
 from xlc_ray.cluster.placement import (
     Layout,
     Node,
@@ -30,7 +30,7 @@ from xlc_ray.cluster.placement import (
     place,
     with_own,
 )
-from xlc_ray.config import UserError
+from xlc_ray.config import Cluster, UserError
 from xlc_ray.sweeps.space import trials
 
 
@@ -181,3 +181,13 @@ def test_impossible_bounds_are_one_line():
         config(replicas=2, min_replicas=3)
     with pytest.raises(UserError, match=r"cluster\.fallback_tensor_parallel: 32 ranks cannot share"):
         config(fallback_tensor_parallel=[2, 32])
+
+
+def test_what_a_language_model_takes_is_wanted_of_one_node(monkeypatch):
+    monkeypatch.setattr(placement, "nodes_now", lambda free: [Node("n", "a", 4, 0), Node("m", "b", 4, 1)])
+    placement.require_model(Cluster(cpus_per_model=4), "evaluation")
+    said = "evaluation needs 6 CPUs and 0 GPUs of one node; the nodes have 4 and 0, 4 and 1"
+    with pytest.raises(UserError, match=said):
+        placement.require_model(Cluster(cpus_per_model=6), "evaluation")
+    with pytest.raises(UserError, match="needs 1 CPUs and 2 GPUs of one node"):
+        placement.require_model(Cluster(gpus_per_model=2), "a language model")

@@ -138,6 +138,27 @@ def test_an_unknown_authentication_mode_is_said_before_ray_is_asked(monkeypatch)
         connect()
 
 
+def test_every_node_sees_the_store_since_what_reads_takes_no_cpus(small_run, monkeypatch):
+    nodes = [Node("head", "10.0.0.1", 0, 0), Node("n", "10.0.0.2", 4, 0)]
+    config, data, wiring = of(small_run())
+    blind = {"head": (data.path,), "n": ()}
+
+    def ask(some, paths):
+        return {n.address: Facts((), {}, {path: path not in blind[n.id] for path in paths}) for n in some}
+
+    monkeypatch.setattr(preflight, "nodes_now", lambda free: nodes)
+    monkeypatch.setattr(preflight, "ask", ask)
+    gigabyte = {"object_store_memory": 1e9}
+    facts = [{"NodeID": n.id, "Alive": True, "Resources": gigabyte} for n in nodes]
+    monkeypatch.setattr(preflight.ray, "nodes", lambda: facts)
+    with pytest.raises(UserError, match=rf"^{data.path}: node 10\.0\.0\.1 does not see it; put it on a file system"):
+        preflight.check(config, data, wiring)
+    with pytest.raises(UserError, match=rf"^{data.path}: node 10\.0\.0\.1 does not see it"):
+        preflight.seen_by_all(data.path)
+    blind["head"] = (config.out,)  # it holds no rank
+    preflight.check(config, data, wiring)
+
+
 @pytest.mark.cluster
 def test_a_token_that_is_missing_is_one_line(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -20,7 +21,10 @@ from tests.sweeps.make import sweep_in
 from xlc_ray import files
 from xlc_ray.cluster import runs
 from xlc_ray.cluster.sweep import sweep
+from xlc_ray.cluster.trial import TRIALS
 from xlc_ray.config import UserError
+from xlc_ray.dictionary import checkpoint
+from xlc_ray.training.saving import REQUEST
 
 pytestmark = pytest.mark.cluster
 
@@ -78,6 +82,21 @@ def test_a_crash_is_retried_from_the_last_stop_and_a_hopeless_trial_is_failed_al
     assert "this gate never works" in found["error"][2], "and not that rank 0 lost its connection to rank 1"
     assert found["fvu"][1] == pytest.approx(found["fvu"][0], rel=1e-9), "it computes what relu does"
     assert files.read_json(str(tmp_path / "sweep/sweep.json"))["failed"] == 1
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_asked_to_stop_leaves_at_a_checkpoint_and_its_words_are_told_apart(cluster, written, tmp_path):
+    path = written(space={"train.lr": {"choice": [0.01, 0.003]}, "cluster.tensor_parallel": {"choice": [2]}})
+    files.write_bytes(f"{tmp_path}/sweep/trials/lr=0.01,tensor_parallel=2/{REQUEST}", b"")
+    found = sweep(path).frame()
+    assert list(zip(found["trial"], found["state"], found["step"], strict=True)) == [
+        ("lr=0.01,tensor_parallel=2", "stopped", 8),
+        ("lr=0.003,tensor_parallel=2", "finished", 12),
+    ]
+    assert checkpoint.steps(found["out"][0])[-1] == 8
+    logs = runs.find(str(tmp_path / "sweep"))[0].driver.logs
+    said = [text.split() for file in Path(logs).glob("worker-*.out") if TRIALS in (text := file.read_text())]
+    assert {word for words in said for word in words} >= {TRIALS, *found["trial"]}
 
 
 @pytest.mark.slow

@@ -208,6 +208,17 @@ def test_an_unknown_key_at_the_top_fails():
             {"train.loss.sparsity": {"kind": "l1", "coefficient": 1, "target_l0": 9}},
             "train.loss.sparsity.target_l0: only with kind l0",
         ),
+        (
+            {"train.loss.sparsity": {"kind": "l1", "coefficient": 1, "c": 9, "p_end": 0.5}},
+            "train.loss.sparsity: c: only with kind tanh",
+        ),
+        *(
+            (
+                {"train.loss.sparsity": {"kind": "tanh", "coefficient": 1, "c": 9, **one}},
+                f"train.loss.sparsity: {next(iter(one))}: only with kind lp",
+            )
+            for one in ({"p_end": 0.5}, {"p_hold": 0.5}, {"keep_strength": False})
+        ),
         ({"dictionary.wiring": {"kind": "model_diff", "layer": 0}}, "base_model: missing; the wiring model_diff"),
         ({"generate.sites": ["mlp_in.0@base"]}, "base_model: missing; generate.sites names sites of it"),
         (
@@ -327,3 +338,11 @@ def test_a_file_with_any_typo_gives_settings_or_one_line(at, cut, typed):
 @settings(max_examples=100, deadline=None)
 def test_any_bytes_give_settings_or_one_line(data):
     is_config_or_one_line(lambda: load_config_text(data, "f.yaml"))
+
+
+def test_a_hang_is_longer_than_what_a_file_system_is_waited_for():
+    assert message_of({"cluster.hang_timeout_s": 60}) == (
+        "cluster: hang_timeout_s = 60 should be more than read_retry_s = 60: a file system that is waited for would "
+        "count as a hang"
+    )
+    BASE.override({"cluster.hang_timeout_s": 20, "cluster.read_retry_s": 10})

@@ -86,6 +86,13 @@ def test_overrides_reach_the_sweep_its_base_and_single_axes(load):
         ({"space.seed": {"randint": [0, 3]}}, "space.seed: randint has no list of values"),
         ({"space.dictionary.gate": {"choice": [1]}}, "would replace dictionary.gate.k, which stands before it"),
         ({"space.model.name": {"choice": ["a", "b"]}}, "space.model.name: decides the activations"),
+        (
+            {"cases": [{"train.lr": 1}, {"out": "x"}]},
+            "cases.1.out: decides the activations, which all trials share, or",
+        ),
+        ({"cases": [{"text.context": 8}]}, "cases.0.text.context: decides the activations"),
+        ({"cases": [{"generate": {}}]}, "cases.0.generate: decides the activations"),
+        ({"cases": [{"train.loss.auxk": {}, "train.loss": {}}]}, "cases.0.train.loss: would replace train.loss.auxk"),
         ({"space.seed": {"choice": [1], "when": {"train.lr": 1}}}, None),
         (
             {"space.dictionary.gate.k": {"choice": [1], "when": {"train.lr": 1}}},
@@ -97,6 +104,9 @@ def test_overrides_reach_the_sweep_its_base_and_single_axes(load):
         ),
         ({"space.seed": {"choice": [1], "when": {"dictionary.gate.options.any": 1}}}, None),
         ({"asha": {"grace": 3, "rungs": [4]}}, "rungs = [4] must rise, and begin with grace = 3"),
+        ({"asha": {"grace": 40}}, "asha: a rung at 40 is not before train.steps = 40; use less"),
+        ({"asha": {"grace": 3, "rungs": [3, 50]}}, "asha: a rung at 50 is not before train.steps = 40; use less"),
+        ({"asha": {"grace": 3, "rungs": [3, 39]}}, None),
         ({"asha": {"grace": 3}, "space.train.steps": {"choice": [1, 2]}}, "rungs compare trials of equal length"),
         ({"share_activations": True, "search": {"kind": "optuna", "num_samples": 2}}, "optuna chooses trials by what"),
         ({"resources.sharing": 2}, "resources.sharing: does nothing without share_activations: true"),

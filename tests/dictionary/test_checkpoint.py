@@ -1,5 +1,8 @@
 """Checkpoints of one process: bit for bit there and back, complete or not there at all, pruned."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,7 +100,7 @@ def test_load_dictionary_is_the_trained_one_in_inference_form(tmp_path, gate, pr
     made = trained(gate, 6, str(tmp_path), **{"train.precision": precision})
     files.write_bytes(str(tmp_path / "config.yaml"), made.config.yaml().encode())
     loaded, config = checkpoint.load_dictionary(str(tmp_path))
-    assert config == made.config
+    assert config == checkpoint.settings(str(tmp_path)) == made.config
     assert not loaded.training
     assert {v.dtype for v in loaded.state_dict().values()} == {torch.float32}
     assert dict(loaded.wiring.widths) == dict(WIRES.widths)
@@ -144,3 +147,65 @@ def test_a_run_without_checkpoints_is_named(tmp_path):
 def test_a_wiring_survives_its_description():
     for wires in cases.WIRINGS.values():
         assert checkpoint.wiring_from(checkpoint.describe(wires)) == wires
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, place, harm):
+    run_dir = str(tmp_path) if place == "local" else f"memory://{tmp_path.name}_{harm}"
+    made = trained("jumprelu", 3, run_dir, **{"train.keep": 2})
+    files.write_bytes(files.join(run_dir, "config.yaml"), made.config.yaml().encode())
+    assert (checkpoint.steps(run_dir), checkpoint.damaged(run_dir)) == ([2, 3], [])
+    file = files.join(run_dir, "checkpoints", "step_3", "__0_0.distcp")
+    whole = files.read_bytes(file)
+    if harm == "cut":
+        files.write_bytes(file, whole[:-7])
+    else:
+        files.remove(file)
+    there = len(whole) - 7 if harm == "cut" else 0
+    assert checkpoint.steps(run_dir) == [2]
+    (said,) = checkpoint.damaged(run_dir)
+    assert said.endswith(f"step_3: damaged, passed over: __0_0.distcp has {there:,} of {len(whole):,} bytes")
+    older = checkpoint.load_dictionary(run_dir)[0].b_dec
+    assert torch.equal(older, trained("jumprelu", 2).dictionary.b_dec.float())
+    made.save(run_dir)
+    assert (checkpoint.steps(run_dir), checkpoint.damaged(run_dir)) == ([2, 3], [])
+
+
+def test_a_checkpoint_of_which_a_rank_wrote_its_share_elsewhere_is_none(tmp_path, monkeypatch):
+    real = checkpoint.dcp.save
+
+    def elsewhere(*args, **kwargs):
+        real(*args, **kwargs)
+        files.remove(f"{tmp_path}/checkpoints/step_1/__0_0.distcp")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", elsewhere)
+    with pytest.raises(UserError, match=r"step_1: __0_0\.distcp is not there: a rank wrote it elsewhere"):
+        trained("jumprelu", 1).save(str(tmp_path))
+    assert checkpoint.steps(str(tmp_path)) == []
+
+
+STALE = """
+import sys
+import torch.distributed as dist
+from xlc_ray.dictionary import Shards, checkpoint
+
+rank, meeting, run_dir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+if rank == 1:  # its file system still lists what was there before
+    checkpoint.steps = lambda run_dir: [1]
+print(checkpoint.newest(run_dir, Shards.of_world(2, "cpu")))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_go_on_from_the_same_checkpoint_where_one_has_an_older_list(tmp_path):
+    trained("jumprelu", 2, str(tmp_path))
+    command = [sys.executable, "-c", STALE]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet"), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["2\n", "2\n"]

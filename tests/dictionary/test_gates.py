@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.dictionary import make
 from xlc_ray.config import dictionary as settings
-from xlc_ray.dictionary import Shards, wiring
+from xlc_ray.dictionary import Shards, encoding, wiring
 from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.selection import Tile
 
@@ -136,6 +137,23 @@ def test_entries_named_by_feature_are_gated_as_in_the_matrix():
         assert torch.equal(form(pre.flatten(), 0, every).view(9, 6), form(pre, 0, None))
 
 
+def test_the_share_beyond_which_no_entries_are_listed_is_of_all_tokens():
+    """A dense tile alone decides nothing; nor is one made of a group that is known to be dense."""
+    gate, made = make_gate(settings.ReluGate(), [10, 10], Shards()), []
+    pre = [-torch.ones(40, 10), -torch.ones(40, 10)]
+    pre[0][38:] = 1.0  # 20 entries of 400: the last tile alone
+    pre[1][:6] = 1.0  # 60 of 400, of which the third tile brings those above 50
+
+    def tiles(_):
+        for g, first in ((g, first) for g in (0, 1) for first in range(0, 40, 2)):
+            yield Tile(g, first, 40, lambda g=g, first=first: made.append(g) or pre[g][first : first + 2])
+
+    picked, _ = gate.select(tiles, None, 1 / 8, [])
+    assert picked[0].entry.tolist() == list(range(380, 400))
+    assert picked[1] is None
+    assert (made.count(0), made.count(1)) == (20, 3)
+
+
 # ---------------------------------------------------------------- TopK, BatchTopK
 
 
@@ -222,6 +240,24 @@ def test_features_are_the_selected_preactivations(kind, products):
         if training:
             l0 = sum(f.l0() for f in code.features)
             assert (int(l0.sum()) == 36) if kind == "batchtopk" else (l0 == 3).all()
+
+
+@pytest.mark.parametrize("products", ["dense", "auto", "sparse"])
+@pytest.mark.parametrize(
+    "gate", [{"kind": "jumprelu"}, {"kind": "topk", "k": 1}, {"kind": "topk", "k": 1, "rank_by": "zscore"}], ids=str
+)
+def test_all_pre_activations_are_made_once_where_they_are_asked_for(gate, products, monkeypatch):
+    """2 B R F FLOPs a group; and what is selected of them in tiles is selected without asking."""
+    wires = wiring.clt([0, 1], 4)
+    d = make.dictionary(wires, gate, products=products)
+    x = d.normalize_inputs(make.activations(wires, 12))
+    monkeypatch.setattr(encoding, "TILE", 35)
+    with FlopCounterMode(display=False) as counter:
+        code = d.analyse(x, pre=True)
+    assert counter.get_total_flops() == 2 * 2 * 12 * 4 * 7
+    for f, other in zip(code.features, d.analyse(x).features, strict=True):
+        torch.testing.assert_close(f.dense(), other.dense(), rtol=1e-12, atol=1e-12)
+        assert (f.support is None) == (other.support is None)
 
 
 # ---------------------------------------------------------------- inference thresholds

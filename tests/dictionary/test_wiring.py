@@ -190,6 +190,16 @@ def test_one_group_and_one_site_at_a_time_give_the_whole(wires):
             torch.testing.assert_close(d.decode_site(site, writers, batch), want, rtol=1e-12, atol=1e-12)
 
 
+def test_one_group_measures_no_decoder_but_its_own(monkeypatch):
+    wires = wiring.clt([0, 1, 2], 3)
+    gate = {"kind": "batchtopk", "k": 2, "rank_by": "decoder_norm", "pool": "all"}
+    d, measured = make.dictionary(wires, gate).eval(), []
+    plain = d.norms
+    monkeypatch.setattr(d, "norms", lambda g: measured.append(g) or plain(g))
+    d.encode_group(1, make.activations(wires, 5))
+    assert measured == [1]
+
+
 def test_skip_connections_are_linear_from_input_to_output():
     wires = wiring.transcoders([0, 1], 3, skip=True)
     d, batch = make.dictionary(wires), make.activations(wires, 5)

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -170,31 +169,6 @@ def test_per_feature_thresholds_are_means_of_what_each_batch_kept_least():
     assert pool.tolist() == [(3 + 5 + 2 + 4 + 1) / 5] * 3
     (theta,) = feature_thresholds([kept], [pool])
     assert theta.tolist() == [(3 + 1) / 2, 2, 3]
-
-
-def test_accumulators_merge_to_the_whole_in_any_order():
-    d = make.dictionary(wiring.sae(["a"], 4), {"kind": "topk", "k": 2, "pool": "group"}, features=9).eval()
-    batches = [make.random(n, 4, seed=n) for n in (7, 3, 12)]
-    theta = torch.linspace(0, 1, 9, dtype=torch.float64)
-
-    def seen(parts):
-        kept, ladder = Kept.empty(9), Ladder.empty()
-        for part in parts:
-            features = with_thresholds(d, [0.1 * theta]).encode(part)[0]
-            kept.update(d.encode(part)[0], None)
-            ladder.update(features, theta)
-        return kept, ladder
-
-    whole = seen(batches)
-    a, b, c = (seen([part]) for part in batches)
-    for first, second, third in ((a, b, c), (c, a, b)):
-        merged = seen([])
-        for kept, ladder in (first, second, third):
-            merged[0].merge(kept)
-            merged[1].merge(ladder)
-        for name, value in vars(whole[0]).items():
-            assert np.allclose(getattr(merged[0], name), value, rtol=1e-15), name
-        assert torch.equal(merged[1].passed, whole[1].passed)
 
 
 def test_the_ladder_counts_what_a_gate_with_scaled_thresholds_lets_through():

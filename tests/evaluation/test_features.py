@@ -113,11 +113,11 @@ def test_statistics_are_those_of_the_dense_matrix_and_merge():
 def test_core_sums_by_the_formulas_in_two_passes_and_merged():
     x, x_hat = make.random(60, 5) * 3 + 1, make.random(60, 5, seed=1)
     batches = list(zip(x.split(20), x_hat.split(20), strict=True))
-    sums, halves = CoreSums(Moments.empty(5)), []
+    sums, moments, halves = CoreSums(), Moments.empty(5), []
     for here, there in batches:
-        sums.update(here, there)
-        halves.append(CoreSums(Moments.empty(5)))
-        halves[-1].update(here, there)
+        halves.append(CoreSums())
+        for accumulator in (sums, moments, halves[-1]):
+            accumulator.update(here, there)
     residual = (x - x_hat).square().sum(1)
     spread = torch.cat([(b - b.mean(0)).square().sum(1) for b, _ in batches])
     square = x.square().sum(1).mean()
@@ -137,7 +137,7 @@ def test_core_sums_by_the_formulas_in_two_passes_and_merged():
     }
     halves[1].merge(halves[2])
     halves[0].merge(halves[1])
-    for found in (sums.compute(), halves[0].compute()):
+    for found in (sums.compute(moments), halves[0].compute(moments)):
         for category, values in want.items():
             assert found[category] == pytest.approx({k: float(v) for k, v in values.items()}), category
 
@@ -145,10 +145,10 @@ def test_core_sums_by_the_formulas_in_two_passes_and_merged():
 def test_core_metrics_carry_saebench_names_for_each_site_and_all():
     d = clt()
     watch, core = FeatureWatch.empty(d.sizes), CoreWatch.empty({"mlp_out.0": 2, "mlp_out.1": 2})
-    evaluate_reconstruction(d, [BATCH], [watch, core])
+    moments = evaluate_reconstruction(d, [BATCH], [watch, core]).sites
     scores = {"ce_replaced": 3.0, "ce_ablated": 8.0, "ce_recovered": 0.9, "kl": 0.5, "kl_ablated": 2.0}
     replacement = {"tokens": 3, "ce_original": 2.5, "all": scores, "sites": dict.fromkeys(core.sites, scores)}
-    found = core_metrics(d, core, watch.groups, replacement)
+    found = core_metrics(d, core, moments, watch.groups, replacement)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     whole, first = found["eval_result_metrics"], found["sites"]["mlp_out.0"]
     assert list(whole) == [
@@ -169,5 +169,5 @@ def test_core_metrics_carry_saebench_names_for_each_site_and_all():
     assert first["misc_metrics"]["freq_over_10_percent"] == pytest.approx(2 / 3)
     assert first["misc_metrics"]["normalized_freq_over_10_percent"] == 1
     assert whole["sparsity"]["l0"] > first["sparsity"]["l0"]
-    without = core_metrics(d, core, watch.groups, None)
+    without = core_metrics(d, core, moments, watch.groups, None)
     assert "model_behavior_preservation" not in without["eval_result_metrics"]

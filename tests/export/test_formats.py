@@ -281,6 +281,23 @@ def test_biases_that_do_not_fit_are_named_where_inputs_are_centred(tmp_path, for
         xlc.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("form", ["saelens", "dictionary_learning"])
+def test_decoders_that_do_not_fit_are_named_where_their_rows_are_made_unit_ones(tmp_path, form):
+    dictionary, _ = make.trained("sae", "relu")
+    formats.WRITERS[form](dictionary, make.config("sae", "relu"), str(tmp_path))
+    if form == "saelens":
+        facts = json.loads((tmp_path / "cfg.json").read_text())
+        (tmp_path / "cfg.json").write_text(json.dumps(facts | {"rescale_acts_by_decoder_norm": True}))
+        file, wrong = tmp_path / "sae_weights.safetensors", {"W_dec": torch.ones(5, 6)}
+        save_file(load_file(file) | wrong, file)
+    else:
+        torch.save(
+            torch.load(tmp_path / "ae.pt", weights_only=True) | {"decoder.weight": torch.ones(6, 5)}, tmp_path / "ae.pt"
+        )
+    with pytest.raises(UserError, match=r"(sae_weights|ae)\..*: W_dec is \[5, 6\], but \[7, 6\] is what fits the rest"):
+        xlc.load(str(tmp_path))
+
+
 def test_unknown_architectures_and_normalisations_of_saelens_are_named(tmp_path):
     dictionary, _ = make.trained("sae", "relu")
     formats.WRITERS["saelens"](dictionary, make.config("sae", "relu"), str(tmp_path))

@@ -92,6 +92,13 @@ def test_load_knows_the_run_itself(run):
     assert all(torch.equal(value, dictionary.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_known_answers_are_of_the_held_out_rows_of_another_programs_store_too(tmp_path, run):
+    config = small_run_in(tmp_path)()
+    make_store(tmp_path / "store" / "held_out", [40], sites=SITES)
+    (tmp_path / "store/held_out/manifest.json").unlink()  # index.bin stays
+    assert golden.rows(checkpoint.load_dictionary(run)[0], config).origin == "held-out rows"
+
+
 def test_without_a_store_known_answers_are_of_gaussian_rows_in_the_sites_scale():
     dictionary, batch = make.trained("acausal", "relu")
     found = golden.rows(dictionary, make.config("acausal", "relu"))

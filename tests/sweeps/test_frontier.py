@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlc_ray.sweeps.asha import Halving
-from xlc_ray.sweeps.frontier import excesses, frontier, pareto, points_of, scores
+from xlc_ray.sweeps.frontier import cost, excesses, frontier, pareto, points_of, scores
 from xlc_ray.sweeps.pbt import Population
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -89,10 +89,16 @@ def test_who_explains_nothing_is_behind_all_who_do_however_sparse():
     )
     assert {name: move.source for name, move in moves.items()} == {"collapsed": "good"}
     assert pareto(points_of("l0", "fvu", found.values())) == [1]
-    assert pareto(points_of("l0", "l2_ratio", [{"l0": 1, "l2_ratio": -3.0}])) == [0]
+    assert pareto(points_of("l0", "kl", [{"l0": 1, "kl": 3.0}])) == [0]
 
 
 def test_other_metrics_count_as_they_are_with_their_direction():
     found = {"a": {"fvu": 0.1, "explained_variance": 0.9}, "b": {"fvu": 0.2, "explained_variance": None}}
     assert scores("fvu", found) == {"a": 0.1, "b": 0.2}
     assert scores("explained_variance", found) == {"a": -0.9, "b": math.inf}
+
+
+@pytest.mark.parametrize("name", ["l2_ratio", "relative_reconstruction_bias"])
+def test_ratios_are_best_at_one_and_twice_is_as_far_as_half(name):
+    costs = [cost(name, {name: value}) for value in (1.0, 0.5, 2.0, 1.1, 0.0, -1.0)]
+    assert costs == [0, math.log(2), math.log(2), pytest.approx(math.log(1.1)), math.inf, math.inf]

@@ -12,6 +12,7 @@ BASES = {
     "relu": {"kind": "relu"},
     "gated": {"kind": "gated"},
     "hard_concrete": {"kind": "hard_concrete"},
+    "gated_hard_concrete": {"kind": "gated_hard_concrete"},
 }
 
 
@@ -26,7 +27,7 @@ def trials(tmp_path):
             "out": str(tmp_path / "out"),
             "override.model.name": str(ROOT / "configs/assets/tiny-austen-gpt2"),
             "override.dictionary.gate": BASES[gate],
-            "override.train.loss": {"sparsity": {"kind": "l1" if gate != "hard_concrete" else "l0", "coefficient": 1}},
+            "override.train.loss": {"sparsity": {"kind": "l0" if "hard" in gate else "l1", "coefficient": 1}},
             "override.text.context": 64,
             "override.train.steps": 300,
             **changes,
@@ -84,6 +85,38 @@ sae_specific:
     assert len(gates) == 8
 
 
+def test_specific_keys_are_the_innermost_loops_wherever_they_stand(trials):
+    found = trials("sae_specific: {sparsity_coeffs: [1, 2]}\nlr: [0.1, 0.2]\nseed: [3]")
+    assert [(c.train.lr, c.train.loss.sparsity.coefficient) for c in found] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+
+
+def test_a_warm_up_over_the_whole_run_leaves_no_decay(trials):
+    text = "n_train_samples: [5000, 10000, 50000]\nwarmup_samples: [5000]"
+    found = [
+        c.train.lr_schedule for c in trials(text, **{"override.train.lr_schedule": {"kind": "linear", "decay": 0.6}})
+    ]
+    assert [(s.warmup, s.decay) for s in found] == [(1, 0), (0.5, 0.5), (0.1, 0.6)]
+
+
+def test_schedules_keep_the_warm_up_and_the_end_of_the_base(trials):
+    base = {"override.train.lr_schedule": {"kind": "linear", "warmup": 0.25, "decay": 0.5, "end": 0.1}}
+    linear, cosine = (c.train.lr_schedule for c in trials("lr_schedule: [linear, cosine]", **base))
+    assert (linear.kind, linear.warmup, linear.decay, linear.end) == ("linear", 0.25, 0.5, 0.1)
+    assert (cosine.kind, cosine.warmup, cosine.end) == ("cosine", 0.25, 0.1)
+    both = "lr_schedule: [cosine, linear]\nwarmup_samples: [90]\nn_train_samples: [100]"
+    cosine, linear = (c.train.lr_schedule for c in trials(both, **base))
+    assert (cosine.warmup, linear.warmup, linear.decay) == (0.9, 0.9, pytest.approx(0.1))
+
+
+def test_names_and_magnitudes_that_are_ours_set_nothing(trials, capsys):
+    text = "sparsity_coeff: [0.1, 0.01]\nmagnitude_activation: {}\nwandb_run_name: [standard_lagrangian]"
+    assert len(trials(text.format("[none]"), "hard_concrete")) == 2
+    assert len(trials(text.format("[null]"), "hard_concrete")) == 2
+    assert len(trials(text.format("relu"), "gated_hard_concrete")) == 2
+    assert "grid.yaml: wandb_run_name sets nothing: trials are named by what differs" in capsys.readouterr().out
+    assert len(trials("lr: [1]\nsae_specific: {magnitude_activation: [softplus]}")) == 1, "not of this gate"
+
+
 def test_specific_keys_of_no_gate_count_for_all(trials):
     found = trials("lr: [0.1]\nsae_specific: {sparsity_coeffs: [1, 2], seeds: [1, 2], aux_coeffs: [0.1, 0.2]}")
     assert [(c.train.loss.sparsity.coefficient, c.seed) for c in found] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -98,6 +131,18 @@ def test_specific_keys_of_no_gate_count_for_all(trials):
         ("lr: [0.1, 0.1]", "repeats the settings"),
         ("initial_beta: [0.5]", "dictionary.gate.beta: unknown setting"),
         ("sae_specific: {initial_betas: [0.5]}", "holds no list that applies to the gate relu"),
+        ("sae_specific: [1]", "sae_specific: [1] should be a mapping of lists"),
+        ("sae_specific: {max_experiments: 1}", "sae_specific: max_experiments: stands beside sae_specific, not in it"),
+        ("lr: []", "lr: 0 values; allowed: one or more"),
+        ("n_train_samples: ['a']", "n_train_samples: 'a' is no count; allowed: whole numbers from 1"),
+        ("n_train_samples: [10.5]", "n_train_samples: 10.5 is no count; allowed: whole numbers from 1"),
+        ("train_batch_size: [0]", "train_batch_size: 0 is no count; allowed: whole numbers from 1"),
+        ("warmup_samples: [-1]", "warmup_samples: -1 is no count; allowed: whole numbers from 0"),
+        ("gradient_accumulation_steps: [true]", "True is no count; allowed: whole numbers from 1"),
+        ("dict_size_ratios: [null]", "dict_size_ratios: None is no ratio; allowed: numbers above 0"),
+        ("lr_schedule: [cosin]", "lr_schedule: 'cosin' is unknown; allowed: linear, cosine"),
+        ("magnitude_activation: [relu]", "'relu' is not what the gate relu does; allowed there: no such key"),
+        ("lr: [1]\nwandb_run_name: [a, b]", "wandb_run_name: 2 values; allowed: one"),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(trials, text, message):
@@ -105,6 +150,11 @@ def test_mistakes_are_one_line_that_names_them(trials, text, message):
         trials(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_magnitude_of_another_kind_is_refused(trials):
+    with pytest.raises(UserError, match="'relu' is not what the gate hard_concrete does; allowed there: none"):
+        trials("magnitude_activation: [none, relu]", "hard_concrete")
 
 
 def test_a_grid_needs_a_base(tmp_path):

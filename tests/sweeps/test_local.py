@@ -20,8 +20,10 @@ from xlc_ray import evaluation, files
 from xlc_ray.activations.store import Store, open_store
 from xlc_ray.cluster.sweep import dry_run, plan, sweep
 from xlc_ray.config import UserError
+from xlc_ray.config.sweep import load_sweep
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
 from xlc_ray.sweeps import local
+from xlc_ray.sweeps.board import Board
 from xlc_ray.training import Learner, train_alone
 
 GATES = {
@@ -229,10 +231,38 @@ def test_fewer_trials_than_were_begun_wait_for_more(written, monkeypatch):
 def test_a_sweep_that_was_moved_goes_on_where_it_is(written, tmp_path):
     whole = sweep(written(), local=True, limit=1)
     moved = Path(whole.out).rename(tmp_path / "moved")
-    found = sweep(resume=str(moved), overrides={"search.max_trials": None}, local=True)
+    found = sweep(resume=str(moved), local=True)
     assert found.out == str(moved)
     assert list(found.frame()["state"]) == ["finished"] * 2
     assert not Path(whole.out).exists()
+
+
+def test_a_limit_is_of_one_session_and_keeps_those_that_wait(written, tmp_path):
+    path, again = written(), str(tmp_path / "again")
+    board = Board(plan(path, {"out": again}, None, None)[0])
+    for trial in plan(path, {"out": again}, None, None)[1]:
+        board.add(trial)
+    board.write()  # as a session that was killed at its start leaves it
+    assert list(sweep(path, {"out": again}, local=True, limit=1).frame()["state"]) == ["finished", "waiting"]
+    assert load_sweep(f"{again}/sweep.yaml").search.max_trials is None
+    assert list(sweep(resume=again, local=True).frame()["state"]) == ["finished"] * 2
+    with pytest.raises(UserError, match="--limit: 0 trials; allowed: 1 and more"):
+        sweep(path, local=True, limit=0)
+
+
+def test_a_sweep_goes_on_with_what_a_run_may_go_on_with(written):
+    path = written()
+    sweep(path, local=True, limit=1)
+    changed = {"base.train.log_every": 2, "base.train.keep": 1, "base.source.verify": True}
+    assert list(sweep(path, changed, local=True).frame()["state"]) == ["finished"] * 2
+    with pytest.raises(UserError, match=r"other settings \(base\.evaluate\.tokens: 65536, now 100\)"):
+        sweep(path, changed | {"base.evaluate.tokens": 100}, local=True)
+
+
+def test_predictions_need_a_whole_dictionary_which_one_process_has(written, monkeypatch):
+    monkeypatch.setattr(local.TrialRank, "_predict", lambda *_: {"ce_recovered": 0.5, "kl": 0.1, "top1_agreement": 0.5})
+    path = written(search={"metric": "kl"}, changes={"cluster.tensor_parallel": 2})
+    assert list(sweep(path, local=True).frame()["kl"]) == [0.1, 0.1]
 
 
 def test_optuna_proposes_what_was_not_tried_and_goes_on_from_what_was(written, tmp_path):

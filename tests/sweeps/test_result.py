@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 
 import xlc_ray as xlc
@@ -88,6 +89,73 @@ def test_the_best_says_how_it_was_found(found):
         found.best("fvu", at={"l0": 1, "fvu": 2})
 
 
+@pytest.mark.parametrize(
+    ("metric", "ends", "value"),
+    [
+        ("kl", (0.4, 0.1), 0.2),  # an error: half way in logarithms
+        ("kl", (0.4, 0.0), 0.2),  # which 0 has not
+        ("explained_variance", (0.4, 0.9), 0.65),
+        ("explained_variance", (-0.5, 0.9), 0.2),
+        ("l2_ratio", (0.5, 0.9), 0.7),
+    ],
+)
+def test_between_two_trials_errors_are_read_off_in_logarithms_and_all_else_as_it_is(found, metric, ends, value):
+    rows = [asdict(row(n, metrics={"l0": l0, metric: y})) for n, l0, y in zip("ab", (16, 64), ends, strict=True)]
+    files.write_json(f"{found.out}/sweep.json", {"rows": rows})
+    best = found.best(metric, at={"l0": 32})
+    assert (best.how, best.value) == ("interpolated", pytest.approx(value))
+
+
+def test_a_place_of_which_there_is_no_logarithm_is_a_place(found):
+    rows = [asdict(row(n, metrics={"dead_features": x, "fvu": y})) for n, x, y in (("a", 0, 0.4), ("b", 0.5, 0.1))]
+    files.write_json(f"{found.out}/sweep.json", {"rows": rows})
+    assert found.best("fvu", at={"dead_features": 0}).how == "measured"
+    between = found.best("fvu", at={"dead_features": 0.25})
+    assert (between.how, between.value) == ("interpolated", pytest.approx(0.2))
+    assert found.best("fvu", at={"dead_features": -1}).at == {"dead_features": 0}
+
+
+def test_a_trial_that_failed_is_no_answer(found):
+    failed = row("broken", 8, 0.01, state="failed", error="its workers died")
+    files.write_json(f"{found.out}/sweep.json", {"rows": [asdict(failed), asdict(row("a", 16, 0.4))]})
+    assert list(found.pareto()["trial"]) == ["a"]
+    assert found.best("fvu").trial == found.best("fvu", at={"l0": 8}).trial == "a"
+    files.write_json(f"{found.out}/sweep.json", {"rows": [asdict(failed)]})
+    with pytest.raises(UserError, match="no trial has measured fvu yet"):
+        found.best("fvu")
+
+
+def test_a_picture_of_nothing_is_refused_and_a_page_says_so(found, tmp_path):
+    counts = {"trials": 1, "finished": 0, "stopped": 0, "failed": 0, "share_of_full_steps": 0.0}
+    files.write_json(f"{found.out}/sweep.json", counts | {"rows": [asdict(row("a", state="waiting"))]})
+    with pytest.raises(UserError, match="no trial has measured l0 and fvu yet"):
+        found.plot(str(tmp_path / "frontier.svg"))
+    assert "Nothing was measured yet." in Path(found.plot(str(tmp_path / "report.html"))).read_text()
+
+
+def test_an_axis_with_values_of_no_logarithm_is_linear(found, tmp_path):
+    values = (-0.5, 0.25, 1.0)
+    rows = [asdict(row(n, metrics={"l0": 16, "explained_variance": y})) for n, y in zip("abc", values, strict=True)]
+    files.write_json(f"{found.out}/sweep.json", {"rows": rows})
+    root = ElementTree.parse(found.plot(str(tmp_path / "ev.svg"), "l0", "explained_variance")).getroot()
+    low, middle, high = (float(dot.get("cy")) for dot in root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+    ticks = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("text-anchor") == "end"]
+    assert ticks == ["-0.5", "0", "0.5", "1"]
+
+
+def test_a_frame_goes_to_parquet_whatever_the_settings_are(found, tmp_path):
+    settings = [{"train.loss": {}, "dictionary.gate.k": 8}, {"train.loss": {}, "dictionary.gate.k": 8}, {"seed": 2}]
+    rows = [asdict(row(name, settings=s, out="")) for name, s in zip("abc", settings, strict=True)]
+    files.write_json(f"{found.out}/sweep.json", {"rows": rows})
+    frame = found.frame()
+    assert str(frame["dictionary.gate.k"].dtype) == str(frame["seed"].dtype) == "Int64"
+    assert frame["dictionary.gate.k"][0] == 8
+    assert len(frame.drop(columns="trial").drop_duplicates()) == 2
+    frame.to_parquet(tmp_path / "frame.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "frame.parquet"), frame, check_dtype=False)
+
+
 def page_of(found, tmp_path):
     return ElementTree.fromstring(
         Path(found.plot(str(tmp_path / "report.html"))).read_text().partition("<main>")[2].partition("<script>")[0]
@@ -159,3 +227,15 @@ def test_the_table_redraws_what_runs_on_a_terminal_and_adds_lines_elsewhere():
     assert "a             9/9   fvu 0.4000   l0   16.0   finished" in lines[4]
     assert [line.split()[0] for line in lines[5:]] == ["longer", "b"]
     assert log.getvalue().splitlines() == [table.line(two), table.line(done)]
+
+
+def test_on_a_terminal_what_is_drawn_over_is_no_wider_than_it(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    running, screen = row("a_name_of_some_length", 16, 0.4, state="running"), Terminal()
+    table = Table(screen)
+    for _ in range(2):
+        table(running, [running])
+    failed = dataclasses.replace(running, state="failed", error="its workers died")
+    table(failed, [failed])
+    back, short = "\x1b[1A\x1b[J", table.line(running)[:30]
+    assert screen.getvalue().splitlines() == [short, back + short, back + table.line(failed)]

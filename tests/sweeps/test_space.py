@@ -12,6 +12,7 @@ from tests.config.tree import ROOT
 from tests.sweeps.make import sweep
 from xlc_ray.config import UserError, load_config
 from xlc_ray.sweeps import space
+from xlc_ray.sweeps.names import LONGEST
 
 BASE = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
 GATES = {
@@ -62,6 +63,17 @@ def test_an_axis_that_applies_nowhere_is_refused():
     assert len(changes(space=between, search={"kind": "random", "num_samples": 4})) == 4, "it may apply to a draw"
 
 
+def test_what_hangs_on_what_hangs_on_a_range_may_apply_to_a_draw():
+    axes = {"dictionary.gate.k": {"randint": [1, 3]}}
+    axes["dictionary.features"] = {"choice": [64, 128], "when": {"dictionary.gate.k": 2}}
+    axes["train.lr"] = {"choice": [0.1, 0.2], "when": {"dictionary.features": 64}}
+    found = changes(space=axes, search={"kind": "random", "num_samples": 5})
+    assert {len(c) for c in found} == {1, 2, 3}
+    never = {"choice": [1], "when": {"dictionary.wiring.kind": "sae"}}
+    with pytest.raises(UserError, match="holds nowhere"):
+        changes(space=axes | {"seed": never}, search={"kind": "random", "num_samples": 5})
+
+
 def test_the_first_trials_are_kept():
     axes = {"train.lr": {"choice": [0.1, 0.2]}, "seed": {"choice": list(range(50))}}
     assert changes(space=axes, search={"max_trials": 3}) == changes(space=axes)[:3]
@@ -104,6 +116,36 @@ def test_a_sample_runs_once_at_every_point_of_the_grid_axes():
     assert len({c["train.lr"] for c in found}) == 4
 
 
+@pytest.mark.parametrize("first", ["seed", "train.lr"])
+def test_a_sample_is_the_same_at_all_points_whichever_axis_stands_first(first):
+    both = {"seed": {"grid": [1, 2, 3]}, "train.lr": {"loguniform": [1e-4, 1e-1]}}
+    axes = {first: both[first]} | both
+    found = changes(space=axes, search={"kind": "random", "num_samples": 4})
+    assert [c["seed"] for c in found] == [1, 2, 3] * 4
+    assert [c["train.lr"] for c in found] == [lr for lr in [c["train.lr"] for c in found[::3]] for _ in range(3)]
+    assert len({c["train.lr"] for c in found}) == 4
+
+
+def test_draws_whose_settings_do_not_fit_together_are_passed_over():
+    axes = {"train.batch_tokens": {"randint": [36, 44]}}
+    two = {"cluster.replicas": 2}
+    found = changes(space=axes, override=two, search={"kind": "random", "num_samples": 5})
+    assert sorted(c["train.batch_tokens"] for c in found) == [36, 38, 40, 42, 44]
+    with pytest.raises(
+        UserError, match=r"holds 5 different points; space: train\.batch_tokens=\d+: train\.batch_tokens: "
+    ):
+        changes(space=axes, override=two, search={"kind": "random", "num_samples": 6})
+
+
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_a_range_of_fractions_for_a_whole_number_is_refused(kind):
+    one = sweep(BASE, space={"dictionary.features": {kind: [64, 128]}}, search={"kind": "optuna", "num_samples": 1})
+    with pytest.raises(
+        UserError, match=rf"space\.dictionary\.features: {kind} gives fractions.*allowed: randint, choice$"
+    ):
+        space.corners(one)
+
+
 def test_random_choices_do_not_repeat_and_say_when_the_space_is_used_up():
     axes = {"train.lr": {"choice": [0.1, 0.2]}, "seed": {"choice": [1, 2]}}
     found = changes(space=axes, search={"kind": "random", "num_samples": 4})
@@ -116,6 +158,25 @@ def test_two_points_of_the_same_settings_are_refused():
     same = [{"train.lr": 0.1}, {"train.lr": 0.1, "seed": BASE["seed"]}]
     with pytest.raises(UserError, match="repeats the settings"):
         changes(cases=same)
+
+
+@pytest.mark.parametrize(
+    ("path", "one", "other"),
+    [
+        ("train.log_every", 1, 2),
+        ("train.keep", 1, 2),
+        ("source.verify", False, True),
+        ("train.wandb", None, {"project": "p"}),
+    ],
+)
+def test_two_points_that_differ_in_nothing_that_decides_the_result_are_refused(path, one, other):
+    with pytest.raises(UserError, match="repeats the settings"):
+        changes(space={path: {"choice": [one, other]}})
+
+
+def test_where_a_trial_runs_and_how_it_is_measured_sets_it_apart():
+    assert len(changes(space={"cluster.replicas": {"choice": [1, 2]}})) == 2
+    assert len(changes(space={"evaluate.tokens": {"choice": [100, 200]}})) == 2
 
 
 def test_a_grid_point_that_cannot_run_is_one_line_with_the_point():
@@ -142,7 +203,24 @@ def test_names_tell_trials_apart():
     assert names[0] == "topk,k=8,warmup=0,betas=0.9+0.99"
     assert names[-1] == "relu,warmup=0.1,betas=0.8+0.9"
     assert len(set(names)) == 12
-    assert all(len(name) <= space.LONGEST_NAME for name in names)
+    assert all(len(name) <= LONGEST for name in names)
+
+
+def test_a_name_does_not_depend_on_how_many_others_there_are():
+    one = sweep(BASE, space={"train.lr": {"choice": [0.1, 0.1 + 1e-9, 0.1 + 2e-9]}})
+    names = [t.name for t in space.trials(one)]
+    assert names[0] == "lr=0.1"
+    assert len(set(names)) == 3
+    assert [[t.name for t in space.trials(one, limit)] for limit in (1, 2)] == [names[:1], names[:2]]
+
+
+def test_cases_are_named_by_their_workers_where_nothing_else_tells_them_apart():
+    def named(*cases):
+        return [t.name for t in space.trials(sweep(BASE, cases=cases))]
+
+    two = {"cluster.tensor_parallel": 4}
+    assert named({"train.lr": 0.1}, {"train.lr": 0.1, **two}) == ["base", "tensor_parallel=4"]
+    assert named({"train.lr": 0.1}, {"train.lr": 0.2, **two}) == ["lr=0.1", "lr=0.2"]
 
 
 def test_names_that_would_be_equal_or_too_long_get_a_hash():
@@ -152,4 +230,4 @@ def test_names_that_would_be_equal_or_too_long_get_a_hash():
     gates = [{"kind": "custom", "path": "a:b", "options": o} for o in (path, {**path, "x": 2})]
     long = space.trials(sweep(BASE, space={"dictionary.gate": {"choice": gates}}))
     assert len({t.name for t in long}) == 2
-    assert all(len(t.name) <= space.LONGEST_NAME and "/" not in t.name for t in long)
+    assert all(len(t.name) <= LONGEST and "/" not in t.name for t in long)

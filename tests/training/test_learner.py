@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dictionary import make
@@ -12,6 +13,7 @@ from xlc_ray.config.losses import Constant, Linear
 from xlc_ray.dictionary import Shards, encoding, wiring
 from xlc_ray.dictionary.build import build
 from xlc_ray.training import Diverged, Learner
+from xlc_ray.training.learner import _square
 from xlc_ray.training.schedules import factor
 
 CLT = wiring.clt([0, 1], 6)
@@ -115,6 +117,30 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert one["grad_norm"] == two["grad_norm"] == pytest.approx(whole)
     for p, q in zip(free.parameters.values(), clipped.parameters.values(), strict=True):
         torch.testing.assert_close(q.grad, p.grad * 0.5 / whole)
+
+
+def test_the_norm_of_a_large_gradient_is_that_of_its_parts():
+    """2^24 numbers: added up in float32 they come out 2 % low, by how much depends on how ranks share them."""
+    rows = torch.full((2**15, 2**9 + 1), 0.1)
+    want = rows.numel() * 0.1**2
+    assert _square([rows]).item() == pytest.approx(want, rel=1e-5)
+    assert _square([*rows[3:].chunk(7), rows[:3, 0], rows[:3, 1:]]).item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_the_host_waits_for_the_device_once_a_step_and_once_for_its_metrics(measure):
+    class Waits(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.count += function.__name__ in ("item", "tolist", "__bool__", "__int__", "__float__")
+            return function(*args, **(kwargs or {}))
+
+    made, batches = learner(**{"dictionary.products": "dense"}), cases.batches(CLT)
+    made.train_step(batches[0], measure)
+    with Waits() as waits:
+        made.train_step(batches[1], measure)
+    assert waits.count == 1 + measure
 
 
 @pytest.mark.parametrize("share", [0.99, 1.01])

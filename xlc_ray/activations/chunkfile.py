@@ -80,11 +80,15 @@ def dataset_name(site: str) -> str:
 
 
 def place(site: str, dtype: str) -> str:
+    """Where a site's array [rows, width] stands in a chunk file of a store of this type, but for bfloat16_zstd."""
     return f"int8/{site}/values" if dtype == "int8" else dataset_name(site)
 
 
-def write(directory: str, index: int, arrays: Mapping[str, Stored]) -> ChunkRecord:
-    """Write `chunk_{index}.hdf5`, whole or not at all, and say what was written."""
+def write(
+    directory: str, index: int, arrays: Mapping[str, Stored], beside: Mapping[str, np.ndarray] | None = None
+) -> ChunkRecord:
+    """Write `chunk_{index}.hdf5`, whole or not at all, and say what was written. `beside`: arrays that are of no site,
+    by names that no site has."""
     name = f"chunk_{index}.hdf5"
     target = files.join(directory, name)
     rows = {array.rows if isinstance(array, (Packed, Squeezed)) else len(array) for array in arrays.values()}
@@ -94,7 +98,7 @@ def write(directory: str, index: int, arrays: Mapping[str, Stored]) -> ChunkReco
     parent = None if files.is_url(directory) else files.local(directory)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent) as place:
         partial = Path(place) / f"{name}.part"
-        offsets, sides = _write_hdf5(partial, arrays)
+        offsets, sides = _write_hdf5(partial, arrays, beside or {})
         record = ChunkRecord(
             index=index,
             file=name,
@@ -111,7 +115,9 @@ def write(directory: str, index: int, arrays: Mapping[str, Stored]) -> ChunkReco
     return record
 
 
-def _write_hdf5(path: Path, arrays: Mapping[str, Stored]) -> tuple[dict[str, int | None], dict[str, int]]:
+def _write_hdf5(
+    path: Path, arrays: Mapping[str, Stored], beside: Mapping[str, np.ndarray]
+) -> tuple[dict[str, int | None], dict[str, int]]:
     offsets: dict[str, int | None] = {}
     sides: dict[str, int] = {}
     with h5py.File(path, "w") as file:
@@ -128,6 +134,8 @@ def _write_hdf5(path: Path, arrays: Mapping[str, Stored]) -> tuple[dict[str, int
                 sides[site] = put(f"{group}/{site}/side", array.side)
             else:
                 offsets[site] = put(dataset_name(site), array)
+        for name, array in beside.items():
+            sides[name] = put(name, array)
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -39,6 +39,7 @@ class Packed:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return len(self.values)
 
 
@@ -88,9 +89,14 @@ def packed_rows(
     asked = [(site, part, manifest.chunks[chunk[part[0]]]) for part in parts for site in values]
     heads = [
         _Head.of(np.frombuffer(raw, np.uint8), manifest.sites[site])
-        for (site, _, _), raw in zip(asked, read([_head_span(manifest, *one) for one in asked]), strict=True)
+        for (site, _, _), raw in zip(
+            asked, read([_head_span(manifest, site, record) for site, _, record in asked]), strict=True
+        )
     ]
-    wanted = [list(_outlier_spans(manifest, head, row[one[1]], *one)) for head, one in zip(heads, asked, strict=True)]
+    wanted = [
+        list(_outlier_spans(manifest, head, row[part], site, record))
+        for head, (site, part, record) in zip(heads, asked, strict=True)
+    ]
     found = iter(read([span for spans in wanted for span in spans]))
     which = np.zeros(len(row), np.int32)
     for number, part in enumerate(parts):
@@ -142,14 +148,12 @@ def _head_bytes(rows: int, d: int) -> int:
     return 8 * d + 4 * (-(-rows // _ROWS) + 1)
 
 
-def _head_span(manifest: Manifest, site: str, part: np.ndarray, record: ChunkRecord) -> Span:
+def _head_span(manifest: Manifest, site: str, record: ChunkRecord) -> Span:
     start = record.sides[site]
     return Span(record, start, start + _head_bytes(record.rows, manifest.sites[site]))
 
 
-def _outlier_spans(
-    manifest: Manifest, head: _Head, row: np.ndarray, site: str, part: np.ndarray, record: ChunkRecord
-) -> Iterator[Span]:
+def _outlier_spans(manifest: Manifest, head: _Head, row: np.ndarray, site: str, record: ChunkRecord) -> Iterator[Span]:
     """Where the outliers of these rows are: neighbouring blocks of rows in one span, no span without an outlier."""
     base = record.sides[site] + _head_bytes(record.rows, manifest.sites[site])
     blocks = np.unique(row // _ROWS)

@@ -1,4 +1,4 @@
-"""Stores that crosslayer-coding wrote: chunk files, index.bin, metadata.json, norm_stats.json, and no manifest.
+"""Stores as crosslayer-coding knows them: chunk files, index.bin, metadata.json, norm_stats.json, and no manifest.
 
 `index.bin` is either one record a chunk (chunk_id <i4, num_tokens <i4, offset <i8) or, older, one a row
 (two uint32: chunk_id, row). They are told apart by their size and the total in metadata.json.
@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from xlc_ray import files
 from xlc_ray.activations.chunkfile import open_hdf5
-from xlc_ray.activations.manifest import ChunkRecord, Manifest, SiteStatistics
+from xlc_ray.activations.manifest import ChunkRecord, Manifest, Moments, SiteStatistics
 from xlc_ray.config import UserError
 
 INDEX_RECORD = np.dtype([("chunk_id", "<i4"), ("num_tokens", "<i4"), ("offset", "<i8")])
@@ -98,9 +100,11 @@ def parse_index(raw: bytes, total: int, name: str) -> list[tuple[int, int]]:
             return sorted((int(r["chunk_id"]), int(r["num_tokens"])) for r in records)
     if raw and len(raw) == 8 * total:
         chunk, row = np.frombuffer(raw, "<u4").reshape(-1, 2).T
-        ids, counts = np.unique(chunk, return_counts=True)
+        ids, which, counts = np.unique(chunk, return_inverse=True, return_counts=True)
+        largest = np.zeros(len(ids), row.dtype)
+        np.maximum.at(largest, which, row)
         distinct = len(np.unique(chunk.astype(np.uint64) << np.uint64(32) | row)) == total
-        if distinct and all(row[chunk == i].max() < n for i, n in zip(ids, counts, strict=True)):
+        if distinct and (largest < counts).all():
             return [(int(i), int(n)) for i, n in zip(ids, counts, strict=True)]
     raise UserError(f"{name}: does not describe the {total} tokens of metadata.json")
 
@@ -134,3 +138,32 @@ def _layout(path: str) -> tuple[dict[str, int], str]:
             f"{path}: needs datasets layer_*/inputs and layer_*/targets of one type: float32, float16 or uint16"
         )
     return widths, dtype
+
+
+def write_beside(path: str, manifest: Manifest, moments: Mapping[str, Moments]) -> None:
+    """index.bin, norm_stats.json and metadata.json, by which crosslayer-coding reads the MLP sites of ours."""
+    rows = np.array([chunk.rows for chunk in manifest.chunks], dtype=np.int64)
+    index = np.zeros(len(rows), INDEX_RECORD)
+    index["chunk_id"], index["num_tokens"], index["offset"] = np.arange(len(rows)), rows, np.cumsum(rows) - rows
+    files.write_bytes(files.join(path, "index.bin"), index.tobytes())
+    stats: dict[str, dict[str, Any]] = {}
+    for site, found in moments.items():
+        kind, layer = site.split(".")  # of the base model: "2@base", which is no layer to other programs
+        if layer.isdecimal() and (end := {"mlp_in": "inputs", "mlp_out": "targets"}.get(kind)):
+            s = found.statistics()
+            stats.setdefault(layer, {})[end] = {"mean": s.mean.tolist(), "std": s.std.tolist()}
+    files.write_bytes(files.join(path, "norm_stats.json"), json.dumps(stats).encode())
+    settings = manifest.identity
+    text = settings.get("text", {"dataset": "imported", "split": None})
+    metadata = {
+        "model_name": manifest.model,
+        "dataset": text["dataset"],
+        "split": text["split"],
+        "num_layers": len(stats),
+        "d_model": next(iter(manifest.sites.values())),
+        "dtype": manifest.dtype,
+        "total_tokens": manifest.tokens,
+        "chunk_tokens": settings["chunk_tokens"],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    files.write_json(files.join(path, "metadata.json"), metadata)

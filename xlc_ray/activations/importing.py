@@ -21,7 +21,7 @@ from xlc_ray.activations.manifest import FORMAT_VERSION, Manifest
 from xlc_ray.activations.sites import order_key
 from xlc_ray.activations.tensorfiles import Rows, find_rows
 from xlc_ray.config import UserError
-from xlc_ray.progress import Progress
+from xlc_ray.progress import Progress, size
 
 
 def import_store(
@@ -76,6 +76,14 @@ def import_store(
     return made
 
 
+def described(out: str, made: Mapping[bool, Manifest]) -> Iterator[str]:
+    """Lines about what `import_store` made at `out`."""
+    for held_out, manifest in made.items():
+        total = size(sum(chunk.bytes for chunk in manifest.chunks))
+        yield f"{manifest.tokens:,} {'held-out' if held_out else 'training'} rows, {total}"
+    yield f"{', '.join(made[False].sites)} at {out}"
+
+
 def _same_rows(rows: Mapping[str, Rows]) -> int:
     counts = {each.count for each in rows.values()}
     if len(counts) > 1 or not min(counts):
@@ -103,15 +111,15 @@ def _write(
     plan = [min(step, count - start) for start in range(0, count, step)]
     store.write_plan(path, plan)
     missing = set(store.missing_chunks(path, len(plan)))
-    for index, size in enumerate(plan):
-        taken = {name: each.take(size) for name, each in stream.items()}
+    for index, rows in enumerate(plan):
+        taken = {name: each.take(rows) for name, each in stream.items()}
         if index in missing:
             mix = torch.from_numpy(
-                np.random.default_rng([identity["seed"], identity["held_out"], index]).permutation(size)
+                np.random.default_rng([identity["seed"], identity["held_out"], index]).permutation(rows)
             )
             encoded = {name: store.encode(values[mix], identity["dtype"], name) for name, values in taken.items()}
             store.write_chunk(path, index, encoded, identity["dtype"])
-        done += size
+        done += rows
         progress.update(done, done)
     return store.finish(path, identity)
 

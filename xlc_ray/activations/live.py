@@ -16,7 +16,7 @@ import numpy as np
 from xlc_ray import files
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, SiteStatistics
 from xlc_ray.activations.store import Store
-from xlc_ray.activations.writing import fingerprint, merged_moments, missing_chunks, read_plan, read_record
+from xlc_ray.activations.writing import complete_chunks, fingerprint, merged_moments, read_plan
 from xlc_ray.config import UserError
 
 
@@ -27,20 +27,27 @@ def sample_chunks(chunk_rows: Sequence[int], tokens: int) -> int:
 
 def is_ready(path: str, sample_tokens: int) -> bool:
     """Whether live training can start from a directory: text, held-out part and sample are there."""
-    rows = read_plan(path)
+    return _sample(path, read_plan(path), sample_tokens) is not None
+
+
+def _sample(path: str, rows: Sequence[int] | None, tokens: int) -> list[ChunkRecord] | None:
+    """Records of the sample; None where it, text or held-out part are not complete."""
+    # By its manifest, not by store.is_there: of a store of ours, index.bin comes before it is complete.
     if rows is None or not files.exists(files.join(path, "held_out", "manifest.json")):
-        return False
-    return not missing_chunks(path, sample_chunks(rows, sample_tokens))
+        return None
+    count = sample_chunks(rows, tokens)
+    found = list(complete_chunks(path, count).values())
+    return found if len(found) == count else None
 
 
 def open_live(path: str, sample_tokens: int) -> LiveStore:
     """Open such a directory. Raises UserError where something is missing."""
     rows = read_plan(path)
-    if rows is None or not is_ready(path, sample_tokens):
+    stored = _sample(path, rows, sample_tokens)
+    if rows is None or stored is None:
         raise UserError(f"{path}: text, held-out part or sample of live training are not complete; generate again")
-    identity, sample = files.read_mapping(files.join(path, "identity.json")), sample_chunks(rows, sample_tokens)
-    stored = [read_record(path, index) for index in range(sample)]
-    coming = [_coming(index, rows[index]) for index in range(sample, len(rows))]
+    identity = files.read_mapping(files.join(path, "identity.json"))
+    coming = [_coming(index, rows[index]) for index in range(len(stored), len(rows))]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         sites=identity["sites"],
@@ -51,7 +58,7 @@ def open_live(path: str, sample_tokens: int) -> LiveStore:
         fingerprint=fingerprint(identity),
         identity=identity,
     )
-    return LiveStore(path, manifest, sample=sample)
+    return LiveStore(path, manifest, sample=len(stored))
 
 
 def _coming(index: int, rows: int) -> ChunkRecord:

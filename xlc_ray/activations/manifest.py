@@ -33,7 +33,8 @@ class ChunkRecord(BaseModel):
     offsets: dict[str, int | None]
     """Where each site's array begins in the file; None where it is chunked or compressed."""
     sides: dict[str, int] = {}
-    """Of int8 and bfloat16_zstd: where begins what unpacks it (compact.py, lossless.py)."""
+    """Of int8 and bfloat16_zstd: where begins what unpacks it (compact.py, lossless.py). Of all else in a file: where
+    it begins, by its name (shuffling.py)."""
 
 
 @dataclass(frozen=True)

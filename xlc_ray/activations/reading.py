@@ -21,7 +21,7 @@ import numpy as np
 from xlc_ray import files
 from xlc_ray.activations.chunkfile import check_dataset, on_disk, open_hdf5, place
 from xlc_ray.activations.manifest import MEND, ChunkRecord, Span
-from xlc_ray.config import UserError
+from xlc_ray.config import Unreachable, UserError
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def _patiently(path: str, patience: float, read: Callable[[], T]) -> T:
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         what = "the chunk is missing" if missing else f"the chunk cannot be read: {error.strerror or error}"
-        raise UserError(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
+        raise Unreachable(f"{path}: {what}" + f" (tried for {patience:g} s)" * (patience > 0)) from None
 
 
 def _close() -> None:

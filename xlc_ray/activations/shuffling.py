@@ -7,23 +7,30 @@ not row by row:
 1. each old chunk is written again (`parts/`), its rows by where they go: those of one new chunk stand together;
 2. each new chunk collects its piece of every part.
 
+The text of a part stands in its chunk file, so that a piece of it is read as its rows are, by offsets:
+
+    places (window i4, position i4, length of the window i4, width i4) [rows]   windows i4 [windows, width]
+
 A task of either pass holds one chunk of all sites. The disk holds the store three times until the parts go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from xlc_ray.activations import store
+from xlc_ray.activations.manifest import Span
 from xlc_ray.activations.store import Store
 from xlc_ray.activations.windows import ChunkText, Windows
 
 _ROUNDS = 8
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
+_TEXT = "text"
+_PLACE = np.dtype([("window", "<i4"), ("position", "<i4"), ("length", "<i4"), ("width", "<i4")])
+_GAP = 1 << 16  # bytes from a window to the next that is read with it
 
 
 class Permutation:
@@ -121,10 +128,8 @@ def write_part(shuffle: Shuffle, old: Store, parts: str, chunk: int) -> None:
     """The first pass over one old chunk."""
     rows = shuffle.part(chunk)
     text = old.windows(chunk)
-    if text is not None:
-        store.write_text(parts, ChunkText(chunk, text.windows, text.row_window[rows], text.row_position[rows]))
     found = old.gather(np.full(len(rows), chunk), rows, list(old.manifest.sites))
-    store.write_chunk(parts, chunk, found, old.dtype)
+    store.write_chunk(parts, chunk, found, old.dtype, {_TEXT: _laid_out(text, rows)} if text else None)
 
 
 def write_new(shuffle: Shuffle, parts: Store, new: str, index: int, before: np.ndarray) -> None:
@@ -135,31 +140,46 @@ def write_new(shuffle: Shuffle, parts: Store, new: str, index: int, before: np.n
     store.write_chunk(new, index, parts.gather(chunk, row, list(parts.manifest.sites)), parts.dtype)
 
 
+def _laid_out(text: ChunkText, rows: np.ndarray) -> np.ndarray:
+    """The text of a part, uint8 [bytes]: where each of its rows stands, then its windows."""
+    places, windows = np.empty(len(rows), _PLACE), text.windows
+    places["window"], places["position"] = text.row_window[rows], text.row_position[rows]
+    places["length"], places["width"] = windows.length[places["window"]], windows.tokens.shape[1]
+    return np.concatenate([np.ascontiguousarray(a).view(np.uint8).reshape(-1) for a in (places, windows.tokens)])
+
+
 def _text(parts: Store, index: int, chunk: np.ndarray, row: np.ndarray) -> ChunkText:
-    """The windows of these rows, each once."""
+    """The windows of these rows, each once. Two rounds of reading: where the rows stand, and their windows."""
+    order = np.argsort(chunk, kind="stable")  # rows of a part stand together there, in this order
+    ends = np.append(np.flatnonzero(np.diff(chunk[order])) + 1, len(order))
+    first, last = order[np.append(0, ends[:-1])], order[ends - 1]
+    spans = _spans(parts, chunk[first], row[first] * _PLACE.itemsize, (row[last] + 1) * _PLACE.itemsize)
+    places = np.concatenate([np.frombuffer(raw, _PLACE) for raw in parts.bytes_of(spans)])
+    _, once, which = np.unique(chunk[order] << 32 | places["window"], return_index=True, return_inverse=True)
     row_window, row_position = np.empty(len(row), np.int32), np.empty(len(row), np.int32)
-    tokens, length, have = [], [], 0
-    for part in np.unique(chunk):
-        here = np.flatnonzero(chunk == part)
-        text = _part_text(parts, int(part))
-        windows, within = np.unique(text.row_window[row[here]], return_inverse=True)
-        row_window[here], row_position[here] = have + within, text.row_position[row[here]]
-        tokens.append(text.windows.tokens[windows])
-        length.append(text.windows.length[windows])
-        have += len(windows)
-    return ChunkText(index, Windows(_stacked(tokens), np.concatenate(length)), row_window, row_position)
+    row_window[order], row_position[order] = which, places["position"]
+    windows = Windows(_tokens(parts, chunk[order][once], places[once]), places["length"][once])
+    return ChunkText(index, windows, row_window, row_position)
 
 
-def _stacked(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """Windows of all parts, padded to the longest."""
-    width = max(part.shape[1] for part in tokens)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in tokens])
+def _tokens(parts: Store, part: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The windows at `places` [n] of parts [n], sorted by part and window: int32 [n, width of the widest]."""
+    size = places["width"].astype(np.int64) * 4
+    start = np.array(parts.chunk_rows)[part] * _PLACE.itemsize + places["window"] * size
+    cuts = np.flatnonzero((np.diff(part) != 0) | (np.diff(start) > _GAP)) + 1
+    first, last = np.append(0, cuts), np.append(cuts, len(part)) - 1
+    found = parts.bytes_of(_spans(parts, part[first], start[first], (start + size)[last]))
+    tokens = np.zeros((len(part), places["width"].max()), np.int32)
+    for here, end, raw in zip(first, last, found, strict=True):
+        for n in range(here, end + 1):
+            values = np.frombuffer(raw, "<i4", places["width"][n], start[n] - start[here])
+            tokens[n, : len(values)] = values
+    return tokens
 
 
-@lru_cache(maxsize=256)
-def _part_text_of(path: str, fingerprint: str, index: int) -> ChunkText:
-    return store.read_text(path, index)
-
-
-def _part_text(parts: Store, part: int) -> ChunkText:
-    return _part_text_of(parts.path, str(parts.manifest.fingerprint), part)
+def _spans(parts: Store, part: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[Span]:
+    """Bytes of the text of parts."""
+    records = [parts.manifest.chunks[p] for p in part]
+    bases = [record.sides[_TEXT] for record in records]
+    ends = zip(records, bases, start.tolist(), stop.tolist(), strict=True)
+    return [Span(record, base + first, base + last) for record, base, first, last in ends]

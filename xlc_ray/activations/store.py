@@ -140,7 +140,7 @@ def open_source(source: Source, *inside: str) -> Store:
 
 @dataclass(frozen=True)
 class Store:
-    """Plain data, cheap to send to another process: open files are kept by chunkfile.py, not here.
+    """Plain data, cheap to send to another process: open files are kept by reading.py, not here.
 
     A chunk is named by its place in `manifest.chunks`.
     """
@@ -193,7 +193,7 @@ class Store:
         self._check(chunk, row, sites)
         values = fresh({site: self.manifest.sites[site] for site in sites}, len(row), chunkfile.on_disk("int8"))
         self._fill(chunk, row, values)
-        return compact.packed_rows(self._bytes, self.manifest, chunk, row, values)
+        return compact.packed_rows(self.bytes_of, self.manifest, chunk, row, values)
 
     def _check(self, chunk: np.ndarray, row: np.ndarray, sites: Sequence[str]) -> None:
         for site in sites:
@@ -206,7 +206,7 @@ class Store:
         to = np.lexsort((row, chunk))
         chunk, row = chunk[to], row[to]
         if self.dtype == lossless.DTYPE:
-            lossless.fill(self._bytes, self.path, self.manifest, chunk, row, to, out)
+            lossless.fill(self.bytes_of, self.path, self.manifest, chunk, row, to, out)
             return
         if self.path.startswith(SCHEMES) and self.dtype != "int8":  # which slices of crosslayer-coding do not know
             http.fill(self.path, self.manifest, chunk, row, to, out)
@@ -220,8 +220,8 @@ class Store:
                 path = files.join(files.local(self.path), record.file)
                 reading.scatter(path, record, self.manifest.sites, self.dtype, row[part], to[part], out, self.patience)
 
-    def _bytes(self, spans: Sequence[Span]) -> Iterator[np.ndarray | bytes]:
-        """The bytes of each span of chunk files."""
+    def bytes_of(self, spans: Sequence[Span]) -> Iterator[np.ndarray | bytes]:
+        """The bytes of each span of chunk files, in order. Raises UserError naming a damaged file."""
         if files.is_url(self.path):
             yield from ranges.read(self.path, spans, self.cache)
             return

@@ -10,7 +10,7 @@ import numpy as np
 from xlc_ray import files
 from xlc_ray.activations.inspect import OUTLIER, Sample, differences, pictures, trace
 from xlc_ray.activations.manifest import Manifest
-from xlc_ray.activations.store import Store
+from xlc_ray.activations.store import Store, is_there, open_store
 from xlc_ray.progress import size
 
 COLUMNS = 48
@@ -32,10 +32,9 @@ def described(store: Store) -> Iterator[str]:
         worst = max(manifest.lost, key=manifest.lost.__getitem__)
         yield f"of the variance, 8 bits lost {manifest.lost[worst]:.2g} at {worst} and less elsewhere"
     yield _origin(manifest)
-    held_out = files.join(store.path, "held_out", "manifest.json")
-    if files.exists(held_out):
-        tokens = files.read_mapping(held_out)["tokens"]
-        yield f"held out: {tokens:,} rows in {files.join(store.path, 'held_out')}"
+    held_out = files.join(store.path, "held_out")
+    if is_there(held_out):
+        yield f"held out: {open_store(held_out).manifest.tokens:,} rows in {held_out}"
 
 
 def _origin(manifest: Manifest) -> str:

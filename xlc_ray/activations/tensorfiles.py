@@ -16,7 +16,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +101,22 @@ def _open(file: str, column: str | None, binary: str | None) -> Rows:
         case ".pt" | ".pth":
             return _of_tensor(_named(_load(file), column, file), file)
         case ".npy":
-            return _of_tensor(_named(_load_npy(file), column, file), file)
+
+            def opened() -> Rows:
+                return _of_tensor(_named(_load_npy(file), column, file), file)
+
+            # Opened anew to be read: a map of numpy's keeps its file open.
+            return replace(opened(), blocks=lambda: opened().blocks())
         case ".parquet":
-            found = pq.ParquetFile(file, memory_map=True)
-            name = _column(found.schema_arrow.names, column, file)
+            with pq.ParquetFile(file, memory_map=True) as found:
+                name = _column(found.schema_arrow.names, column, file)
+                rows, kind = found.metadata.num_rows, found.schema_arrow.field(name).type
 
             def read() -> Iterator[pa.Array]:
-                return (b.column(0) for b in found.iter_batches(BLOCK, columns=[name]))
+                with pq.ParquetFile(file, memory_map=True) as again:
+                    yield from (batch.column(0) for batch in again.iter_batches(BLOCK, columns=[name]))
 
-            return _of_arrow(
-                found.metadata.num_rows, found.schema_arrow.field(name).type, read, binary, f"{file}:{name}"
-            )
+            return _of_arrow(rows, kind, read, binary, f"{file}:{name}")
         case ".arrow" | ".feather":
             return _of_ipc(file, column, binary)
     raise UserError(f"{file}: unknown ending; allowed: .pt, .pth, .npy, .parquet, .arrow, .feather")

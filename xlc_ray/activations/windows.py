@@ -33,7 +33,3 @@ class ChunkText:
     def rows(self) -> int:
         """Number of rows."""
         return len(self.row_window)
-
-    def row_tokens(self) -> np.ndarray:
-        """Token id of each row, int32 [rows]."""
-        return self.windows.tokens[self.row_window, self.row_position]

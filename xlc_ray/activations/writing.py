@@ -12,22 +12,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xlc_ray import files
-from xlc_ray.activations import chunkfile, compact, lossless
-from xlc_ray.activations.foreign import INDEX_RECORD
+from xlc_ray.activations import chunkfile, compact, foreign, lossless
 from xlc_ray.activations.manifest import FORMAT_VERSION, ChunkRecord, Manifest, Moments
 from xlc_ray.activations.sites import of_base
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Config, UserError
 from xlc_ray.web import SCHEMES
 
+T = TypeVar("T")
+
+_AT_ONCE = 16  # requests
 _BLOCK = 2048  # rows that are float64 at a time
 _MOMENTS = [field.name for field in fields(Moments)]
 
@@ -132,10 +134,16 @@ def read_plan(path: str) -> list[int] | None:
     return files.read_mapping(name)["rows"] if files.exists(name) else None
 
 
-def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: str) -> ChunkRecord:
+def write_chunk(
+    path: str,
+    index: int,
+    arrays: Mapping[str, np.ndarray],
+    dtype: str,
+    beside: Mapping[str, np.ndarray] | None = None,
+) -> ChunkRecord:
     """Write the activations of one chunk: {site: [rows, width]} as `encode` makes them for `dtype`, in row order.
 
-    Raises UserError on activations that are not finite.
+    `beside`: what else its file is to hold (chunkfile.write). Raises UserError on activations that are not finite.
     """
     moments: dict[str, Moments] = {}
     stored: dict[str, chunkfile.Stored] = {}
@@ -145,7 +153,7 @@ def write_chunk(path: str, index: int, arrays: Mapping[str, np.ndarray], dtype: 
         if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
             raise UserError(f"{path}: chunk {index}: {site} has values that are not finite; try model.dtype float32")
     with files.writing(files.join(path, f"chunk_{index}")):
-        record = chunkfile.write(path, index, stored)
+        record = chunkfile.write(path, index, stored, beside)
     buffer = io.BytesIO()
     np.savez(
         buffer, **{f"{site}/{key}": value for site, found in moments.items() for key, value in vars(found).items()}
@@ -190,15 +198,20 @@ def _moments_file(path: str, index: int) -> str:
 
 def missing_chunks(path: str, n: int) -> list[int]:
     """Which of chunks 0 … n-1 are not complete: no record, or a file of another size than it says."""
+    there = complete_chunks(path, n)
+    return [index for index in range(n) if index not in there]
+
+
+def complete_chunks(path: str, n: int) -> dict[int, ChunkRecord]:
+    """{index: record} of those of chunks 0 … n-1 that are complete, in order."""
     recorded = set(files.listdir(files.join(path, "records")))
-    found = []
-    for index in range(n):
-        if f"chunk_{index}.json" in recorded:
-            record = read_record(path, index)
-            if files.size(files.join(path, record.file)) == record.bytes:
-                continue
-        found.append(index)
-    return found
+
+    def look(index: int) -> ChunkRecord | None:
+        record = read_record(path, index)
+        return record if files.size(files.join(path, record.file)) == record.bytes else None
+
+    asked = [index for index in range(n) if f"chunk_{index}.json" in recorded]
+    return {record.index: record for record in _each(path, look, asked) if record}
 
 
 def read_record(path: str, index: int) -> ChunkRecord:
@@ -206,15 +219,26 @@ def read_record(path: str, index: int) -> ChunkRecord:
     return ChunkRecord.model_validate(files.read_mapping(_record_file(path, index)))
 
 
+def _each(path: str, read: Callable[[int], T], indices: Sequence[int]) -> Iterator[T]:
+    """What `read` gives for each index, in order; at a URL, where each waits for its answer, several at once."""
+    if not files.is_url(path):
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for start in range(0, len(indices), _AT_ONCE):  # no more are held
+            yield from pool.map(read, indices[start : start + _AT_ONCE])
+
+
 def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     """Merge the chunks' records into the manifest and statistics. Raises UserError unless every chunk is there."""
     plan = read_plan(path)
     if plan is None:
         raise UserError(f"{path}: its text is not complete; generate again")
-    if missing := missing_chunks(path, len(plan)):
+    there = complete_chunks(path, len(plan))
+    if missing := [index for index in range(len(plan)) if index not in there]:
         names = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
         raise UserError(f"{path}: {len(missing)} of {len(plan)} chunks are missing ({names}); generate again")
-    chunks = tuple(read_record(path, index) for index in range(len(plan)))
+    chunks = tuple(there.values())
     assert [chunk.rows for chunk in chunks] == plan, "chunks hold the rows that were planned"
     total = merged_moments(path, chunks)
     manifest = Manifest(
@@ -230,7 +254,7 @@ def finish(path: str, identity: Mapping[str, Any]) -> Manifest:
     )
     _write_statistics(path, total)
     if manifest.dtype not in ("int8", lossless.DTYPE):  # which other programs cannot read
-        _write_crosslayer_coding(path, manifest, total)
+        foreign.write_beside(path, manifest, total)
     for name in files.listdir(path):
         if name.startswith(chunkfile.PARTIAL):  # of writers that were killed
             files.remove(files.join(path, name))
@@ -251,8 +275,9 @@ def names(manifest: Manifest) -> list[str]:
 def merged_moments(path: str, chunks: Sequence[ChunkRecord]) -> dict[str, Moments]:
     """Moments of each site over chunks."""
     total: dict[str, Moments] = {}
-    for chunk in chunks:
-        with np.load(io.BytesIO(files.read_bytes(_moments_file(path, chunk.index)))) as found:
+    blobs = _each(path, lambda index: files.read_bytes(_moments_file(path, index)), [chunk.index for chunk in chunks])
+    for chunk, blob in zip(chunks, blobs, strict=True):
+        with np.load(io.BytesIO(blob)) as found:
             for site in chunk.offsets:
                 values = {key: found[f"{site}/{key}"] for key in _MOMENTS}
                 here = Moments(**values | {key: values[key].item() for key in ("count", "norm_sum", "lost")})
@@ -264,32 +289,3 @@ def _write_statistics(path: str, moments: Mapping[str, Moments]) -> None:
     found = {site: vars(m.statistics()) for site, m in moments.items()}
     tree = {site: s | {"mean": s["mean"].tolist(), "std": s["std"].tolist()} for site, s in found.items()}
     files.write_bytes(files.join(path, "statistics.json"), json.dumps(tree).encode())
-
-
-def _write_crosslayer_coding(path: str, manifest: Manifest, moments: Mapping[str, Moments]) -> None:
-    """index.bin, norm_stats.json and metadata.json, by which crosslayer-coding reads the MLP sites."""
-    rows = np.array([chunk.rows for chunk in manifest.chunks], dtype=np.int64)
-    index = np.zeros(len(rows), INDEX_RECORD)
-    index["chunk_id"], index["num_tokens"], index["offset"] = np.arange(len(rows)), rows, np.cumsum(rows) - rows
-    files.write_bytes(files.join(path, "index.bin"), index.tobytes())
-    stats: dict[str, dict[str, Any]] = {}
-    for site, found in moments.items():
-        kind, layer = site.split(".")  # of the base model: "2@base", which is no layer to other programs
-        if layer.isdecimal() and (end := {"mlp_in": "inputs", "mlp_out": "targets"}.get(kind)):
-            s = found.statistics()
-            stats.setdefault(layer, {})[end] = {"mean": s.mean.tolist(), "std": s.std.tolist()}
-    files.write_bytes(files.join(path, "norm_stats.json"), json.dumps(stats).encode())
-    settings = manifest.identity
-    text = settings.get("text", {"dataset": "imported", "split": None})
-    metadata = {
-        "model_name": manifest.model,
-        "dataset": text["dataset"],
-        "split": text["split"],
-        "num_layers": len(stats),
-        "d_model": next(iter(manifest.sites.values())),
-        "dtype": manifest.dtype,
-        "total_tokens": manifest.tokens,
-        "chunk_tokens": settings["chunk_tokens"],
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    files.write_json(files.join(path, "metadata.json"), metadata)

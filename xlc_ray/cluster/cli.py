@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from xlc_ray.cluster.session import log_directory
-from xlc_ray.config import Config, UserError, load_config, presets, yaml_text
+from xlc_ray.config import Config, Unreachable, UserError, load_config, presets, yaml_text
 from xlc_ray.config.sweep import SweepConfig
 
 USAGE = "usage: python {job} {option} [--path.of.setting=value …]"
@@ -164,8 +164,8 @@ def find_user_error(error: BaseException) -> UserError | None:
         inner += getattr(link, "worker_failures", {}).values()
         todo += [e for e in inner if isinstance(e, BaseException)]
     # Ray Data hands on of a function's exception just its text.
-    said = re.search(r"^xlc_ray\.[\w.]+\.(?:UserError|Diverged): (.+)$", str(error), re.MULTILINE)
-    return UserError(said.group(1)) if said else None
+    said = re.search(r"^xlc_ray\.[\w.]+\.(UserError|Diverged|Unreachable): (.+)$", str(error), re.MULTILINE)
+    return {"Unreachable": Unreachable}.get(said.group(1), UserError)(said.group(2)) if said else None
 
 
 def help_text(argv: list[str], about: str | None, option: str, own: Options, model: type[BaseModel] = Config) -> str:

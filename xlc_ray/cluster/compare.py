@@ -8,9 +8,10 @@ import ray
 import torch
 
 from xlc_ray import evaluation, files
-from xlc_ray.cluster.session import connect, require, run_path
+from xlc_ray.cluster.placement import require_model
+from xlc_ray.cluster.session import connect, run_path
 from xlc_ray.config import Config, UserError
-from xlc_ray.dictionary.checkpoint import load_dictionary
+from xlc_ray.dictionary.checkpoint import load_dictionary, settings
 
 FILE = "compare.json"
 
@@ -25,9 +26,9 @@ def compare(run_dir: str, against: str, changes: dict[str, Any] | None = None) -
         raise UserError("--against: missing; give --against DIR, the directory of another run")
     connect()
     run_dir, against = run_path(run_dir), run_path(against)
-    config = load_dictionary(run_dir)[1].override(changes or {})
+    config = settings(run_dir).override(changes or {})
     cluster = config.cluster
-    require(cluster.cpus_per_model, cluster.gpus_per_model, "comparison")
+    require_model(cluster, "comparison")
     task = ray.remote(_compare).options(num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
     return ray.get(task.remote(run_dir, against, config))
 

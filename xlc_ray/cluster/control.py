@@ -19,12 +19,15 @@ from urllib.parse import urlsplit
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from xlc_ray import files
 from xlc_ray.cluster import driver
 from xlc_ray.cluster.driver import Driver
 from xlc_ray.cluster.runs import Run
+from xlc_ray.cluster.trial import TRIALS
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.progress import duration
+from xlc_ray.training.saving import REQUEST
 
 CONNECT_SECONDS = 2.0
 STOP_SECONDS = 60.0
@@ -45,13 +48,16 @@ def client(address: str) -> JobSubmissionClient | None:
         return JobSubmissionClient(address)
     except AuthenticationError:
         raise UserError(f"{address}: wants a token; export RAY_AUTH_MODE=token first") from None
-    except OSError:  # ConnectionError too
+    except (OSError, RuntimeError):  # ConnectionError too; RuntimeError: whoever answers there is no dashboard
         return None
 
 
 def job_lines(jobs: JobSubmissionClient, most: int) -> list[str]:
     """A line a job, the newest first: its id, state, time since it began, command."""
-    every: list[Any] = jobs.list_jobs()
+    try:
+        every: list[Any] = jobs.list_jobs()
+    except (OSError, RuntimeError) as error:  # the head ended since it was asked last
+        return [f"no answer: {str(error).splitlines()[0]}"]
     newest = sorted(every, key=lambda job: (job.start_time or 0, job.job_id or ""), reverse=True)
     lines = []
     for job in newest[:most]:
@@ -66,11 +72,14 @@ def job_lines(jobs: JobSubmissionClient, most: int) -> list[str]:
 
 
 def stop(run: Run) -> str:
-    """End a run as Ctrl-C would: it is interrupted, and its checkpoints stay. Returns a line. Raises UserError."""
+    """End a run as Ctrl-C would: it is interrupted, and its checkpoints stay; ask a trial to leave its sweep. Returns a
+    line. Raises UserError."""
     found = run.driver
     if run.over or found is None:
-        whose = "; it is stopped with its sweep" if run.trial else ""
-        raise UserError(f"{run.name}: nobody to stop: it is {run.state}{whose}")
+        raise UserError(f"{run.name}: nobody to stop: it is {run.state}")
+    if run.trial and driver.read(run.path) is None:
+        files.write_bytes(files.join(run.path, REQUEST), b"")
+        return f"{run.name}: is asked to stop: it ends at its next checkpoint, and its sweep goes on without it"
     jobs = client(found.dashboard)
     job = _submitted(jobs, found) if jobs else None
     if jobs and job and job.submission_id:
@@ -112,28 +121,31 @@ def _wait(ended: Callable[[], bool]) -> bool:
 
 
 def log_lines(run: Run, follow: Callable[[], bool]) -> Iterator[str]:
-    """What the driver printed, if it went to a file, and the workers of its job; with `follow()`, what comes, too.
+    """What the driver printed, if it went to a file, and the workers of its job; with `follow()`, what comes, too. Of a
+    trial: what workers printed while they worked on it.
 
     A header `==> file <==` stands where the next lines are another file's. Raises UserError where they lie elsewhere.
     """
     found = run.driver
     if found is None:
-        whose = "; ask for those of its sweep" if run.trial else ""
-        raise UserError(f"{run.name}: has no {driver.FILE}, so nobody knows where its logs are{whose}")
+        raise UserError(f"{run.name}: has no {driver.FILE}, so nobody knows where its logs are")
     if not (found.here() and os.path.isdir(found.logs)):
         yield from _remote_lines(run.name, found)
         return
     seen: dict[Path, int] = {}
+    of_trial: dict[Path, bool] = {}
     header = None
     while True:
         last = not follow()
         for path in _log_files(found):
-            text = _new_text(path, seen)
-            if text:
+            lines = _new_lines(path, seen)
+            if run.trial:
+                lines = list(_of_trial(files.name(run.path), lines, path, of_trial))
+            if lines:
                 if path != header:
                     yield f"==> {path} <=="
                 header = path
-                yield from text.splitlines()
+                yield from lines
         if last:
             return
         time.sleep(POLL_SECONDS)
@@ -146,15 +158,24 @@ def _log_files(found: Driver) -> list[Path]:
     return [path for path in [*output, *workers] if path.is_file()]
 
 
-def _new_text(path: Path, seen: dict[Path, int]) -> str:
+def _of_trial(name: str, lines: list[str], path: Path, inside: dict[Path, bool]) -> Iterator[str]:
+    """Lines of a worker's output from where it says that it works on the trial to where on others. `inside`: whether
+    the lines before these ended there."""
+    for line in lines:
+        if line.startswith(TRIALS):
+            inside[path] = name in line.split()[1:]
+        elif inside.get(path):
+            yield line
+
+
+def _new_lines(path: Path, seen: dict[Path, int]) -> list[str]:
     """Whole lines that were added since the last look, without Ray's marks."""
     with path.open("rb") as file:
         file.seek(seen.get(path, 0))
         new = file.read()
     whole = new[: new.rfind(b"\n") + 1]
     seen[path] = seen.get(path, 0) + len(whole)
-    lines = [line for line in whole.decode(errors="replace").splitlines() if not line.startswith(MARKS)]
-    return "\n".join(lines)
+    return [line for line in whole.decode(errors="replace").splitlines() if not line.startswith(MARKS)]
 
 
 def _remote_lines(name: str, found: Driver) -> Iterator[str]:

@@ -9,10 +9,12 @@ import torch
 
 from xlc_ray import files
 from xlc_ray.activations.store import is_there, open_source
-from xlc_ray.cluster.session import connect, require, resolve, run_path
+from xlc_ray.cluster.placement import require_model
+from xlc_ray.cluster.session import connect, resolve, run_path
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, checkpoint
 from xlc_ray.evaluation.convert import convert_dictionary
+from xlc_ray.training import logs
 
 
 def convert(
@@ -35,11 +37,11 @@ def convert(
         raise UserError("--out: missing; give --out DIR, a directory for the converted run")
     connect()
     run_dir = run_path(run_dir)
-    config = resolve(checkpoint.load_dictionary(run_dir)[1].override({**(changes or {}), "out": out}))
+    config = resolve(checkpoint.settings(run_dir).override({**(changes or {}), "out": out}))
     if checkpoint.steps(config.out):
         raise UserError(f"{config.out}: holds a run already; choose another --out")
     cluster = config.cluster
-    require(cluster.cpus_per_model, cluster.gpus_per_model, "conversion")
+    require_model(cluster, "conversion")
     name = f"convert {files.name(run_dir)}"  # as the dashboard shows it
     task = ray.remote(_convert).options(name=name, num_cpus=cluster.cpus_per_model, num_gpus=cluster.gpus_per_model)
     options = {"per_feature": per_feature, "target_l0": target_l0, "tolerance": tolerance, "folded": fold}
@@ -50,7 +52,7 @@ def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str,
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_model)))
     device = "cuda" if config.cluster.gpus_per_model else "cpu"
     held_out = files.join(config.source.path, "held_out")
-    there = files.exists(held_out) or is_there(held_out)  # a server knows no directories
+    there = is_there(held_out)
     found = convert_dictionary(
         checkpoint.load_dictionary(run_dir)[0],
         config,
@@ -59,9 +61,9 @@ def _convert(run_dir: str, config: Config, options: dict[str, Any]) -> dict[str,
         device=device,
         **options,
     )
-    curves = files.join(run_dir, "metrics.jsonl")
+    curves = files.join(run_dir, logs.FILE)
     if files.exists(curves):
-        files.write_bytes(files.join(config.out, "metrics.jsonl"), files.read_bytes(curves))
+        files.write_bytes(files.join(config.out, logs.FILE), files.read_bytes(curves))
     files.write_json(files.join(config.out, "conversion.json"), found.report)
     _save(run_dir, found.config, found.dictionary)
     return found.report

@@ -63,7 +63,14 @@ class Driver(BaseModel):
 
 @contextmanager
 def driving(directory: str) -> Iterator[None]:
-    """Write that this process drives what lies in a directory, and at the end how that ended. Ray is connected."""
+    """Write that this process drives what lies in a directory, and at the end how that ended. Ray is connected. Raises
+    UserError where another process of this host drives it."""
+    other = read(directory)
+    if other and other.alive() and other.pid != os.getpid():
+        raise UserError(
+            f"{directory}: process {other.pid} is working on it ({other.command}); wait for it, stop it by "
+            "jobs/monitor.py --stop, or choose another --out"
+        )
     # The cluster that this process is in; the level stays that of session.connect.
     found: Any = ray.init(ignore_reinit_error=True, logging_level=logging.WARNING)
     driver = Driver(

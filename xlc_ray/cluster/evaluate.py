@@ -13,10 +13,11 @@ import torch
 
 from xlc_ray import evaluation, files
 from xlc_ray.activations.store import Store, open_source
-from xlc_ray.cluster.session import connect, require, run_path
+from xlc_ray.cluster.placement import require_model
+from xlc_ray.cluster.session import connect, run_path
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary
-from xlc_ray.dictionary.checkpoint import load_dictionary, steps
+from xlc_ray.dictionary.checkpoint import load_dictionary, settings, steps
 from xlc_ray.evaluation import Effects, Share, Sums, core
 from xlc_ray.evaluation.ablation import Which
 from xlc_ray.evaluation.features import write_features
@@ -38,11 +39,11 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
             raise UserError(f"{path}: evaluation takes it from the run; allowed: {', '.join(CHANGEABLE)}")
     connect()
     run_dir = run_path(run_dir)
-    config = load_dictionary(run_dir)[1].override(changes or {})
+    config = settings(run_dir).override(changes or {})
     step = steps(run_dir)[-1]  # of all tasks, though training may go on and write a newer one
     cpus, gpus, workers = config.cluster.cpus_per_model, config.cluster.gpus_per_model, config.evaluate.workers
     # Tasks wait for one another where the cluster holds fewer at a time: it must hold one.
-    require(cpus, gpus, "evaluation")
+    require_model(config.cluster, "evaluation")
     name = f"evaluate {files.name(run_dir)}"  # as the dashboard shows it
     measure = ray.remote(_measure).options(name=name, num_cpus=cpus, num_gpus=gpus)
     ablate = ray.remote(_ablate).options(name=name, num_cpus=cpus, num_gpus=gpus)

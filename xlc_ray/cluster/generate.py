@@ -26,7 +26,9 @@ from xlc_ray.activations.live import sample_chunks
 from xlc_ray.activations.pair import ModelPair, load_models
 from xlc_ray.cluster import plan
 from xlc_ray.cluster.blocks import data_context
-from xlc_ray.cluster.session import available, connect, require, resolve
+from xlc_ray.cluster.placement import nodes_now, require_model, room_for_models
+from xlc_ray.cluster.preflight import seen_by_all
+from xlc_ray.cluster.session import connect, resolve
 from xlc_ray.config import Cluster, Config
 from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.progress import Progress
@@ -110,7 +112,8 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
     """Make chunks; yields each when it is complete on disk. Ray restarts an actor that dies and redoes its chunk."""
     connect()
     cluster = config.cluster
-    require(cluster.cpus_per_model, cluster.gpus_per_model, "a language model")
+    require_model(cluster, "a language model")
+    seen_by_all(config.source.path)
     items = [{"held_out": held_out, "index": index} for held_out, index in todo]
     with ray.data.DataContext.current(data_context(None)):  # a chunk is a block, whole
         chunks = ray.data.from_items(items, override_num_blocks=len(items))
@@ -123,7 +126,7 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
             num_gpus=cluster.gpus_per_model,
         )
         written = harvested.map_batches(
-            functools.partial(write_chunk, paths=paths, dtype=config.generate.dtype),
+            functools.partial(write_chunk, paths=paths, dtype=config.generate.dtype, patience=cluster.read_retry_s),
             batch_size=None,
             num_cpus=0,
             compute=TaskPoolStrategy(min(WRITERS, len(items))),
@@ -135,10 +138,7 @@ def _harvest(config: Config, sites: list[str], paths: dict[bool, str], todo: lis
 
 def _pool_size(cluster: Cluster, chunks: int) -> int:
     """Actors that find room now, at most `model_actors`: those that wait would only hold up other work."""
-    room = [int(available("CPU") / cluster.cpus_per_model + 1e-9)]
-    if cluster.gpus_per_model:
-        room.append(int(available("GPU") / cluster.gpus_per_model + 1e-9))
-    return max(1, min(cluster.model_actors, chunks, *room))
+    return max(1, min(cluster.model_actors, chunks, room_for_models(nodes_now(free=True), cluster)))
 
 
 class Harvester:
@@ -158,7 +158,8 @@ class Harvester:
 
     def make(self, held_out: bool, index: int) -> dict[str, np.ndarray]:
         """One chunk: {site: [rows, width]} in the stored form."""
-        chunk, make = store.read_text(self._paths[held_out], index), self._config.generate
+        path, make, patience = self._paths[held_out], self._config.generate, self._config.cluster.read_retry_s
+        chunk = files.waiting(patience, lambda: store.read_text(path, index))
         return harvest_chunk(self.load(), chunk, self._sites, make.batch_windows, make.dtype)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,7 +170,10 @@ class Harvester:
         return {"held_out": np.full(rows, held_out), "index": np.full(rows, index), **found}
 
 
-def write_chunk(batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str) -> dict[str, np.ndarray]:
+def write_chunk(
+    batch: dict[str, np.ndarray], paths: dict[bool, str], dtype: str, patience: float
+) -> dict[str, np.ndarray]:
+    """Write a chunk as `Harvester` gives it. A local file system that fails is asked again for `patience` seconds."""
     held_out, index = bool(batch.pop("held_out")[0]), int(batch.pop("index")[0])
-    store.write_chunk(paths[held_out], index, batch, dtype)
+    files.waiting(patience, lambda: store.write_chunk(paths[held_out], index, batch, dtype))
     return {"held_out": np.array([held_out]), "index": np.array([index])}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from xlc_ray import files
 from xlc_ray.activations import inspect as look
 from xlc_ray.activations import summary
-from xlc_ray.activations.store import Store, open_store
+from xlc_ray.activations.store import Store, is_there, open_store
 from xlc_ray.cluster.session import run_path
 from xlc_ray.config import Model, UserError
 from xlc_ray.evaluation.table import MEANINGS, show
@@ -68,7 +68,7 @@ def _store(path: str, verify: bool, against: str | None, rows: int, shown: int, 
 
 def _verified(store: Store) -> str:
     held_out = files.join(store.path, "held_out")
-    stores = [store, *([open_store(held_out)] if files.exists(files.join(held_out, "manifest.json")) else [])]
+    stores = [store, *([open_store(held_out)] if is_there(held_out) else [])]
     todo = [(one, chunk) for one in stores for chunk in range(len(one.chunk_rows))]
     tokens = 0
     with Progress("verify", "chunks", len(todo)) as progress:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray._private.state import available_resources_per_node  # Ray tells what is free by node nowhere else
 
-from xlc_ray.config import Cluster, Config
+from xlc_ray.config import Cluster, Config, UserError
 from xlc_ray.config.sources import LiveSource
 
 FULL = 1e-9  # fractions of CPUs add up to a whole only nearly
@@ -87,6 +87,18 @@ def beside(workers: Sequence[str], nodes: Sequence[Node], cluster: Cluster) -> l
 def room_for_models(nodes: Sequence[Node], cluster: Cluster) -> int:
     """Language models that find room, each on one node."""
     return sum(_times(node, cluster.cpus_per_model, cluster.gpus_per_model) for node in nodes)
+
+
+def require_model(cluster: Cluster, what: str) -> None:
+    """Check that a node of the cluster holds what a language-model actor takes, since Ray would wait for one in
+    silence. Raises UserError with what the nodes have."""
+    nodes = nodes_now(free=False)
+    if not room_for_models(nodes, cluster):
+        raise UserError(
+            f"cluster: {what} needs {cluster.cpus_per_model:g} CPUs and {cluster.gpus_per_model:g} GPUs of one node; "
+            f"the nodes have {', '.join(f'{node.cpus:g} and {node.gpus:g}' for node in nodes)}; lower "
+            "cluster.cpus_per_model or cluster.gpus_per_model, or add nodes"
+        )
 
 
 def place(layout: Layout, nodes: Sequence[Node], cluster: Cluster) -> tuple[str, ...] | None:

@@ -74,12 +74,22 @@ def check(config: Config, data: Store, wiring: Wiring) -> None:
         ]
     elif place:
         problems += object_stores(config, data, wiring, place, nodes, stores)
-    paths = [files.local(p) for p in (data.path, config.out) if not files.is_url(p)]
-    for node, found in ask([n for n in nodes if capacity(n, config.cluster)], paths).items():
-        problems += network(node, found, config.cluster.gpus_per_worker > 0)
-        problems += unseen(node, found)
+    working = [node for node in nodes if capacity(node, config.cluster)]
+    reading = [node for node in nodes if node not in working]  # tasks that read take no CPUs, and run anywhere
+    for some, paths in ((working, (data.path, config.out)), (reading, (data.path,))):
+        for node, found in ask(some, paths).items():
+            if some is working:
+                problems += network(node, found, config.cluster.gpus_per_worker > 0)
+            problems += unseen(node, found)
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
+
+
+def seen_by_all(path: str) -> None:
+    """Raises UserError, one line, where nodes of the cluster do not see a path."""
+    found = ask(nodes_now(free=False), [path])
+    if problems := [line for node, facts in found.items() for line in unseen(node, facts)]:
+        raise UserError("; ".join(problems))
 
 
 def room(config: Config, nodes: Sequence[Node]) -> Iterator[str]:
@@ -196,8 +206,9 @@ def unseen(node: str, found: Facts) -> Iterator[str]:
 
 
 def ask(nodes: Sequence[Node], paths: Sequence[str]) -> dict[str, Facts]:
-    """{address and beginning of the id: facts} of each node; this one is not asked by a task. Raises UserError where
-    a node does not answer."""
+    """{address and beginning of the id: facts} of each node; this one is not asked by a task, and nobody of URLs.
+    Raises UserError where a node does not answer."""
+    paths = [files.local(path) for path in paths if not files.is_url(path)]
     here = ray.get_runtime_context().get_node_id()
     task = ray.remote(num_cpus=0, max_retries=0)(facts)
     asked = {

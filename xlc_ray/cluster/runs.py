@@ -35,6 +35,7 @@ class Run:
     """starting, running, stalled, finished, interrupted, failed; stopped: nobody drives it, or its sweep ended it;
     paused: it waits for the others of its population."""
     driver: Driver | None = None
+    """Of a trial: its sweep's."""
     metrics: dict[str, Any] | None = None
     """The newest line of metrics.jsonl."""
     done: str = ""
@@ -121,7 +122,7 @@ def _run(path: str, name: str, sweep: Driver | None, told: dict[str, Any], trial
         state = _state(own, sweep, step, steps, age > limit)
     left = max(0.0, (steps - step) * seconds - age) if state == "running" and last else None
     error = told.get("error") or (own.error if own else None)
-    return Run(name, path, state, own, last, f"{step:,}/{steps:,}", left, age, trial, error)
+    return Run(name, path, state, own or sweep, last, f"{step:,}/{steps:,}", left, age, trial, error)
 
 
 def _state(own: Driver | None, sweep: Driver | None, step: int, steps: int, quiet: bool) -> str:

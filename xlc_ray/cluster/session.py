@@ -149,7 +149,6 @@ def resolve(config: Config) -> Config:
     changes = {"model.name": _absolute(config.model.name), **config.text.renamed(_absolute)}
     if config.base_model:
         changes["base_model.name"] = _absolute(config.base_model.name)
-    root = output_root()
     places = {"out": config.out}
     match config.source:
         case StoreSource(path=path, cache=cache):
@@ -160,9 +159,7 @@ def resolve(config: Config) -> Config:
             places |= {"source.path": path} | ({"source.tee": tee} if tee else {})
         case HttpSource():
             pass
-    for path, name in places.items():
-        if "://" not in name or name.startswith("file://"):
-            changes[path] = str(root / Path(files.local(name)).expanduser())
+    changes |= {path: output_path(name) for path, name in places.items()}
     if config.train.loss.connection:
         changes["train.loss.connection.run"] = run_path(config.train.loss.connection.run)
     resolved = config.override(changes)
@@ -173,10 +170,15 @@ def resolve(config: Config) -> Config:
 
 def run_path(run_dir: str) -> str:
     """An existing run directory, absolute: seen from the working directory, else from where jobs put relative ones."""
-    if "://" in run_dir and not run_dir.startswith("file://"):
+    if files.is_url(run_dir):
         return run_dir
     path = Path(files.local(run_dir)).expanduser()
-    return str(path.absolute() if path.exists() else output_root() / path)
+    return str(path.absolute()) if path.exists() else output_path(run_dir)
+
+
+def output_path(out: str) -> str:
+    """Where a job puts what it makes: a URL as it is, a local path, of `file://` too, absolute from `output_root`."""
+    return out if files.is_url(out) else str(output_root() / Path(files.local(out)).expanduser())
 
 
 def output_root() -> Path:
@@ -200,7 +202,7 @@ def _absolute(name: str) -> str:
 
 def _exists_here(name: str) -> bool:
     """Whether a local file or directory has this name, or, for a glob, whether its directory exists."""
-    if "://" in name and not name.startswith("file://"):
+    if files.is_url(name):
         return False
     path = Path(files.local(name))
     fixed = path

@@ -44,7 +44,7 @@ def shuffle(path: str, out: str, seed: int, chunk_tokens: int | None = None, wor
         connect()
         workers = workers or max(1, int(available("CPU")))
         none = [()] * len(old.chunk_rows)
-        _pass("sort", write_part, how, old, parts, identity | {"parts": True}, old.chunk_rows, none, workers)
+        _pass("sort", write_part, how, old, parts, identity | {"parts": 2}, old.chunk_rows, none, workers)
         pieces = ((before,) for before in how.pieces())
         _pass("collect", write_new, how, open_store(parts), out, identity, how.plan, pieces, workers)
     _copy_held_out(old.path, out)

@@ -28,7 +28,7 @@ from xlc_ray.cluster.cli import find_user_error
 from xlc_ray.cluster.network import Torch
 from xlc_ray.cluster.placement import Place, best, layouts, least_models, nodes_now
 from xlc_ray.cluster.session import storage
-from xlc_ray.config import Config, UserError
+from xlc_ray.config import Config, Unreachable, UserError
 from xlc_ray.dictionary import checkpoint
 
 GROWN = "grown"
@@ -44,8 +44,9 @@ Worker = Callable[[dict[str, Any]], Any]
 def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
     """Run groups of `worker({config, place, attempt, generators})` until one reaches the end.
 
-    Raises UserError for a mistake that a worker found or where no room comes up within `cluster.node_wait_s`, and what
-    made a worker fail after `cluster.max_failures` restarts in a row that brought no new checkpoint.
+    Raises UserError for a mistake that a worker found, where no room comes up within `cluster.node_wait_s`, or where
+    the run directory is gone; and what made a worker fail after `cluster.max_failures` restarts in a row that brought
+    no new checkpoint.
     """
     left, newest = config.cluster.max_failures, _newest(config)
     while True:
@@ -58,27 +59,42 @@ def supervise(config: Config, worker: Worker, generators: Any = None) -> None:
                 result: Any = _trainer(config, worker, place, attempt, generators).fit()
             if result.return_value != GROWN:
                 return
-            print(f"train: nodes are back; {_onward(config)}", flush=True)
+            print(f"train: nodes are back; {_onward(_newest(config))}", flush=True)
         except (TrainingFailedError, RayError) as error:
-            if mistake := find_user_error(error):
+            mistake = find_user_error(error)
+            if mistake and not isinstance(mistake, Unreachable):
                 raise type(mistake)(str(mistake)) from None
-            reason, found = _reason(config, attempt, error), _newest(config)
-            left, newest = (config.cluster.max_failures if found != newest else left), found
+            reason = str(mistake) if mistake else _reason(config, attempt, error)
+            found = _newest(config)
+            left, newest = (config.cluster.max_failures if found > newest else left), found
             if not left:
                 print(f"train: {reason}; what is complete is in {config.out}", flush=True)
                 raise
             left -= 1
-            print(f"train: {reason}; {_onward(config)} ({left} restarts left)", flush=True)
+            print(f"train: {reason}; {_onward(found)} ({left} restarts left)", flush=True)
 
 
-def _newest(config: Config) -> list[int]:
-    """The step of the newest checkpoint, if there is any, once the file system tells."""
-    return files.waiting(config.cluster.read_retry_s, lambda: checkpoint.steps(config.out)[-1:])
+def _newest(config: Config) -> int:
+    """The step of the newest checkpoint, or 0, once the file system tells. Says which are passed over as damaged.
+    Raises UserError where the run directory, which was there, is gone."""
+
+    def look() -> int:
+        if not files.exists(files.join(config.out, "config.yaml")):
+            raise FileNotFoundError(config.out)
+        for line in checkpoint.damaged(config.out):
+            print(f"train: {line}", flush=True)
+        return (checkpoint.steps(config.out) or [0])[-1]
+
+    try:
+        return files.waiting(config.cluster.read_retry_s, look)
+    except FileNotFoundError:
+        raise UserError(
+            f"{config.out}: the run directory is gone (looked for {config.cluster.read_retry_s:g} s)"
+        ) from None
 
 
-def _onward(config: Config) -> str:
-    found = _newest(config)
-    return f"going on from step {found[-1]:,}" if found else "starting again"
+def _onward(step: int) -> str:
+    return f"going on from step {step:,}" if step else "starting again"
 
 
 def _room(config: Config) -> Place:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from xlc_ray import files
-from xlc_ray.activations.store import Store
+from xlc_ray.activations.store import Store, is_there
 from xlc_ray.cluster import live_sweep
 from xlc_ray.cluster.driver import driving
 from xlc_ray.cluster.placement import capacity, nodes_now, one_by_one
-from xlc_ray.cluster.session import connect, output_root, require, resolve, run_path
+from xlc_ray.cluster.session import connect, output_path, require, resolve, run_path
 from xlc_ray.cluster.train import open_or_make
 from xlc_ray.cluster.tuning import run_trials
 from xlc_ray.config import UserError, yaml_text
@@ -26,14 +26,14 @@ from xlc_ray.sweeps.pbt import replaced, stops
 from xlc_ray.sweeps.rank import PREDICTED
 from xlc_ray.sweeps.result import Sweep
 from xlc_ray.sweeps.search import Listed, Proposals, Search
-from xlc_ray.sweeps.space import Trial, corners, flatten, settings_of, trials
+from xlc_ray.sweeps.space import INDIFFERENT, Trial, corners, flatten, least, settings_of, trials, within
 from xlc_ray.sweeps.table import Table
 from xlc_ray.training import together
 
 SETTINGS = "sweep.yaml"
 REPORT = "report.html"
-FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "share_activations", "resources",
-        "base.cluster", "base.out", "out")  # fmt: skip
+FREE = ("search.max_concurrent", "search.max_trials", "search.num_samples", "share_activations", "resources", "out",
+        "base.cluster", *(f"base.{path}" for path in INDIFFERENT))  # fmt: skip
 """Settings that may differ when a sweep goes on."""
 POPULATION = ("search.max_trials", "search.num_samples")
 """But not these where trials are a population: who is replaced depends on all."""
@@ -49,22 +49,22 @@ def sweep(
 ) -> Sweep:
     """Run the trials of a sweep's YAML, or go on with the sweep in the directory `resume`.
 
-    `overrides`: {dotted path: value}, of the sweep's settings. `limit`: only the first so many trials. `local`: one
-    after another, or those of a stream together, in this process. The same call again goes on too; what finished or was
-    cut is kept, what failed is tried again. Raises UserError where settings, store or cluster do not allow it; a trial
-    that fails does not end the others.
+    `overrides`: {dotted path: value}, of the sweep's settings. `limit`: only the first so many trials, this time.
+    `local`: one after another, or those of a stream together, in this process. The same call again goes on too; what
+    finished or was cut is kept, what failed is tried again. Raises UserError where settings, store or cluster do not
+    allow it; a trial that fails does not end the others.
     """
     settings, listed = plan(path, overrides, limit, resume)
     _same(settings)
     board = Board(settings, Table())
-    search = _search(settings, listed, board)
+    search = _search(settings, listed, board, limit)
     known = listed or corners(settings)
     if local:
         live_sweep.refuse_locally(known)
     else:
         connect()
         _find_room(known)
-    streams, held = _check(settings, known)
+    streams, held = _check(settings, known, local)
     size = 1
     if isinstance(search, Listed) and settings.share_activations:
         size = search.share(
@@ -85,13 +85,13 @@ def sweep(
     return found
 
 
-def _search(settings: SweepConfig, listed: list[Trial], board: Board) -> Search:
+def _search(settings: SweepConfig, listed: list[Trial], board: Board, limit: int | None) -> Search:
     """Going on from the rows of an earlier session. Puts what is known on the board."""
     before = read_rows(settings.out)
     if settings.pbt:
         search: Search = Generations(settings, listed, board, before)
     elif settings.search.kind == "optuna":
-        search = Proposals(settings, board, before)
+        search = Proposals(settings, board, before, limit)
     else:
         search = Listed(listed, board, before)
     board.keep(before)
@@ -108,7 +108,8 @@ def _run_here(board: Board, search: Search) -> None:
 def plan(
     path: str | Path | None, overrides: Mapping[str, Any] | None, limit: int | None, resume: str | None
 ) -> tuple[SweepConfig, list[Trial]]:
-    """The settings, with absolute paths, and the trials of a grid or random search. Every corner has been validated."""
+    """The settings, with absolute paths, and the first `limit` trials of a grid or random search. Every corner has been
+    validated. Of a population `limit` is a setting, max_trials: who is replaced depends on all."""
     if (path is None) == (resume is None):
         raise UserError("--config: give either --config FILE or --resume DIR")
     file = files.join(run_path(resume), SETTINGS) if resume else str(path)
@@ -118,14 +119,17 @@ def plan(
     given = ({"out": run_path(resume)} if resume else {}) | dict(overrides or {})  # it may have been moved
     if grids.is_grid(tree):
         tree = _from_grid(tree, file, given)
-    if limit is not None:
-        given["search.max_trials"] = limit
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: {limit} trials; allowed: 1 and more")
     settings = sweep_of(tree, file, given)
-    out = settings.out if files.is_url(settings.out) else str(output_root() / Path(settings.out).expanduser())
+    if settings.pbt:
+        kept = settings.search.model_copy(update={"max_trials": least(settings.search.max_trials, limit)})
+        settings = settings.model_copy(update={"search": kept})
+    out = output_path(settings.out)
     settings = settings.model_copy(update={"out": out, "base": resolve(settings.base.override({"out": out}))})
     if settings.search.kind != "grid" or settings.pbt:
         corners(settings)
-    found = trials(settings)
+    found = trials(settings, limit)
     if settings.pbt:
         replaced(settings.pbt.quantile, len(found))
     return settings, found
@@ -138,6 +142,8 @@ def _from_grid(tree: dict[str, Any], file: str, given: dict[str, Any]) -> dict[s
             f"{missing[0]}: missing; a grid file needs --base=FILE.yaml, the settings it varies, and --out=DIR"
         )
     plain = {path: value for path, value in given.items() if path.startswith(("base", "override."))}
+    if grids.NAME in tree:
+        print(f"{file}: {grids.NAME} sets nothing: trials are named by what differs", flush=True)
     any_axis = {"space": {"seed": {"choice": [0]}}, "out": given["out"]}
     return grids.sections(tree, sweep_of(any_axis, file, plain).base, file)
 
@@ -164,29 +170,30 @@ def dry_run(
     elif listed:
         yield f"{len(listed)} trials, {steps:,} steps if none is cut short{cut}; nothing was started"
     else:
-        yield f"{settings.search.num_samples} trials between these {len(known)} corners{cut}; nothing was started"
+        count = least(settings.search.num_samples, settings.search.max_trials, limit)
+        yield f"{count} trials between these {len(known)} corners{cut}; nothing was started"
 
 
 def _models(trial: Trial) -> str:
     return f"{trial.models} language model{'s' * (trial.models > 1)}"
 
 
-def _check(settings: SweepConfig, known: list[Trial]) -> tuple[dict[str, Hashable], int | None]:
+def _check(settings: SweepConfig, known: list[Trial], local: bool) -> tuple[dict[str, Hashable], int | None]:
     """Open, make or verify each store once, and see that all trials find in it what they are measured on. What each
     of them reads (`together.stream`), and how many groups of live trials may be at once."""
     stores: dict[str, Store] = {}
     streams: dict[str, Hashable] = {}
     for trial in known:
         config = trial.config
-        if settings.search.metric in PREDICTED and config.cluster.tensor_parallel > 1:
+        if not local and settings.search.metric in PREDICTED and config.cluster.tensor_parallel > 1:
             raise UserError(
                 f"search.metric: {settings.search.metric} needs each dictionary whole in one process; set "
-                "cluster.tensor_parallel: 1, or choose frontier"
+                "cluster.tensor_parallel: 1, run it with --local, or choose frontier"
             )
         path = config.source.path
         if path not in stores:
             stores[path] = open_or_make(config)
-            if not files.exists(files.join(path, "held_out")):
+            if not is_there(files.join(path, "held_out")):
                 raise UserError(f"source.path: {path} has no held-out part, which sweeps measure trials on")
             if config.source.verify:
                 stores[path].verify()
@@ -227,7 +234,7 @@ def _same(settings: SweepConfig) -> None:
 
 
 def _decisive(tree: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
-    return {path: value for path, value in flatten(tree).items() if not path.startswith(free)}
+    return {path: value for path, value in flatten(tree).items() if not within(path, free)}
 
 
 def _at_once(settings: SweepConfig, known: list[Trial], size: int, held: int | None) -> int | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -28,11 +29,11 @@ from xlc_ray.cluster.placement import Place, best, groups_apart, layouts, least_
 from xlc_ray.cluster.session import connect, require, resolve
 from xlc_ray.cluster.supervisor import GROWN, supervise
 from xlc_ray.cluster.watchdog import Watchdog
-from xlc_ray.config import Config, UserError
+from xlc_ray.config import Config, Unreachable, UserError
 from xlc_ray.config.sources import HttpSource, LiveSource, StoreSource
 from xlc_ray.dictionary import Shards
 from xlc_ray.progress import Progress
-from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training import logs, loop
 from xlc_ray.training.feed import goes_packed
 from xlc_ray.training.saving import Stop
 
@@ -104,7 +105,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
     torch.manual_seed(config.seed)
     shards = Shards.of_world(place.layout.tensor_parallel, device.type)
     own = _nodes_of_ranks(config, place)
-    data = replace(open_source(config.source), patience=config.cluster.read_retry_s)
+    data = _opened(config)
     gauges = Gauges(files.name(config.out), rank=dist.get_rank())
     leader = shards.rank == 0 and shards.replica == 0
 
@@ -126,6 +127,19 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
 
     announce = gauges.set if leader else lambda _: gauges.set({})
     loop.train_rank(config, data, shards, reader, device, announce, saved, watchdog.beat)
+
+
+def _opened(config: Config) -> Store:
+    """The store, which the driver has opened: where it is not there, this node, or whatever holds it, may get it back
+    within `cluster.read_retry_s`. Raises Unreachable after that."""
+    until = time.monotonic() + config.cluster.read_retry_s
+    while True:
+        try:
+            return replace(open_source(config.source), patience=config.cluster.read_retry_s)
+        except UserError as error:
+            if time.monotonic() > until:
+                raise Unreachable(str(error)) from None
+        time.sleep(1)
 
 
 def _room_again(config: Config, own: Counter[str], generators: Any) -> Place | None:
@@ -185,6 +199,3 @@ class _Watch:
             if "kl" in m:
                 values = *values, f"kl {m['kl']:.3f}"
             progress.update(m["step"], m["tokens"], *values, f"dead {m['dead_features']:.1%}")
-
-
-__all__ = ["Diverged", "train"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from xlc_ray.config.sources import LiveSource
 from xlc_ray.dictionary import Shards
 from xlc_ray.sweeps.rank import Found, Task, TrialRank
 from xlc_ray.training import Diverged, loop
+from xlc_ray.training.saving import Stop
 
 
 def bundles(config: Config) -> tune.PlacementGroupFactory:
@@ -59,6 +61,8 @@ def _world(config: Config) -> int:
     return config.cluster.tensor_parallel * config.cluster.replicas
 
 
+TRIALS = "trials:"
+"""Begins the line of a worker's output that says whose the following lines are."""
 ATTEMPT = "1"
 """Generators serve a group once: what is trained anew has others."""
 LOST = re.compile("gloo|nccl|connection", re.IGNORECASE)
@@ -78,6 +82,8 @@ class Member:
         cluster = config.cluster
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
         torch.manual_seed(config.seed)
+        for output in (sys.stdout, sys.stderr):
+            print(TRIALS, *(task.name for task in tasks), file=output, flush=True)
         device = torch.device("cuda" if cluster.gpus_per_worker else "cpu")
         shards = Shards()
         if meeting:
@@ -94,7 +100,7 @@ class Member:
         batches = None if generators is None else partial(live.live_batches, generators, ATTEMPT)
         self.rank = TrialRank(tasks, shards, device, announce, batches)
 
-    def advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged]]:
+    def advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged | Stop]]:
         """Train to the next stop without those that are cut. A rank that fails leaves the group, so that the others do
         not wait for it."""
         assert self.rank is not None
@@ -137,7 +143,8 @@ class TrialGroup(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"at": step, "found": [(trial, held-out metrics)], "diverged": [(trial, how)], "failed": [(trial, why no
+        """{"at": step, "found": [(trial, held-out metrics)], "diverged": [(trial, how)], "stopped": [trial that
+        was asked to], "failed": [(trial, why no
         retry would save it)], "apart": whether the trials must be tried one by one, "live": what generators have done
         since "begun"}. Lists, since Tune takes mappings apart."""
         try:
@@ -148,13 +155,18 @@ class TrialGroup(tune.Trainable):
             at, said, made = self._advance(cut)
         except UserError as error:
             alone, failed = len(self.tasks) == 1, [(self.tasks[0].name, str(error))]
-            return self._said(0, [], [], failed if alone else [], not alone, [])
-        diverged = [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)]
-        found = [(name, found) for name, found in said.items() if not isinstance(found, Diverged)]
-        return self._said(at, found, diverged, [], False, made)
+            return self._said(0, {}, failed if alone else [], not alone, [])
+        return self._said(at, said, [], False, made)
 
-    def _said(self, at: int, found: list, diverged: list, failed: list, apart: bool, made: list) -> dict[str, Any]:
-        told = {"at": at, "found": found, "diverged": diverged, "failed": failed, "apart": apart}
+    def _said(self, at: int, said: dict[str, Any], failed: list, apart: bool, made: list) -> dict[str, Any]:
+        told = {
+            "at": at,
+            "found": [(name, found) for name, found in said.items() if not isinstance(found, Exception)],
+            "diverged": [(name, str(found)) for name, found in said.items() if isinstance(found, Diverged)],
+            "stopped": [name for name, found in said.items() if isinstance(found, Stop)],
+            "failed": failed,
+            "apart": apart,
+        }
         return told | {"live": made, "begun": self.begun}
 
     def _made(self) -> list[tuple[str, int]]:
@@ -199,7 +211,7 @@ class TrialGroup(tune.Trainable):
         )
         return actor.remote()
 
-    def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged], list[tuple[str, int]]]:
+    def _advance(self, cut: Sequence[str]) -> tuple[int, dict[str, Found | Diverged | Stop], list[tuple[str, int]]]:
         training = [other.advance.remote(cut) for other in self.others]
         for rank in training:
             rank.future().add_done_callback(self._came)

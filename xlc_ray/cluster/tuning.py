@@ -150,6 +150,8 @@ class _Rungs(_Kept, FIFOScheduler):
             board.failed(name, why)
         for name, how in result["diverged"]:
             board.diverged(name, how)
+        for name in result["stopped"]:
+            board.asked_to_stop(name, result["at"])
         on = board.reached(result["at"], found)
         came = [*found, *dict(result["failed"]), *dict(result["diverged"])]
         self.groups.cut([name for name in came if name not in on])

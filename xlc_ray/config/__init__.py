@@ -17,12 +17,12 @@ from xlc_ray.config import presets, yaml_text
 from xlc_ray.config.activations import BaseOf, Generate, Model, Text
 from xlc_ray.config.base import Name, Settings
 from xlc_ray.config.dictionary import BatchTopKGate, Dictionary, TopKGate
-from xlc_ray.config.errors import UserError, explain
+from xlc_ray.config.errors import Unreachable, UserError, explain
 from xlc_ray.config.gate_losses import check_gate
 from xlc_ray.config.sources import LiveSource, Source, StoreSource
 from xlc_ray.config.training import Cluster, Evaluate, Train
 
-__all__ = ["Config", "UserError", "apply_overrides", "load_config", "load_config_text"]
+__all__ = ["Config", "Unreachable", "UserError", "apply_overrides", "load_config", "load_config_text"]
 
 
 class Config(Settings):

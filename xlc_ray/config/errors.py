@@ -18,6 +18,10 @@ class UserError(ValueError):
         super().__init__(" ".join(part.strip() for part in message.splitlines()))
 
 
+class Unreachable(UserError):
+    """What may be there again later: a file system or a server that did not answer for as long as it was asked."""
+
+
 def nearest(name: str, choices: list[str]) -> str:
     """'did you mean X? allowed: …' for a name that is none of the choices."""
     match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)

@@ -76,6 +76,14 @@ class Sparsity(Settings):
     target_l0: Annotated[float, Field(gt=0)] | None = None
     """With l0: penalise (L0 / target - 1)^2 instead of L0; L0 counts all groups."""
 
+    @model_validator(mode="after")
+    def _says_nothing_of_other_kinds(self) -> Sparsity:
+        for name, kind in (("c", "tanh"), ("p_end", "lp"), ("p_hold", "lp"), ("keep_strength", "lp")):
+            # By its value: the config.yaml of a run states every setting.
+            if self.kind != kind and getattr(self, name) != Sparsity.model_fields[name].default:
+                raise ValueError(f"{name}: only with kind {kind}")
+        return self
+
 
 class AuxK(Settings):
     """Dead features learn to reconstruct the error that is left (Gao et al. 2024)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,16 +197,15 @@ class SweepConfig(Settings):
     def _axes_fit(self) -> SweepConfig:
         if not self.space and not self.cases:
             raise ValueError("space: nothing varies; give space or cases")
+        _check_paths("space.", self.space)
+        for i, case in enumerate(self.cases):
+            _check_paths(f"cases.{i}.", case)
         paths = list(self.space)
         for i, (path, axis) in enumerate(self.space.items()):
-            if path.split(".")[0] in ("out", "generate", "text", "model", "base_model"):
-                raise ValueError(f"space.{path}: decides the activations, which all trials share, or where they go")
             if self.search.kind == "grid" and axis.values is None:
                 raise ValueError(f"space.{path}: {axis.kind} has no list of values; use choice, or search.kind: random")
             if self.search.kind == "optuna" and axis.kind == "grid":
                 raise ValueError(f"space.{path}: optuna chooses values itself; use choice, not grid")
-            if inside := [other for other in paths[:i] if other.startswith(f"{path}.")]:
-                raise ValueError(f"space.{path}: would replace {inside[0]}, which stands before it; put it first")
             for asked in axis.when:
                 if wrong := unknown(asked, Config):
                     raise ValueError(f"space.{path}.when: {wrong}")
@@ -219,6 +218,9 @@ class SweepConfig(Settings):
         varied = [*self.space, *(path for case in self.cases for path in case)]
         if self.asha and any(_related(path, "train.steps") for path in varied):
             raise ValueError("space.train.steps: rungs compare trials of equal length; set asha: null")
+        last = (self.asha.rungs or (self.asha.grace,))[-1] if self.asha else 0
+        if last >= (steps := self.base.train.steps):
+            raise ValueError(f"asha: a rung at {last} is not before train.steps = {steps}; use less")
         if self.pbt:
             self._population_fits(self.pbt)
         return self
@@ -245,6 +247,17 @@ class SweepConfig(Settings):
     def yaml(self) -> str:
         """Exactly these settings, as YAML that `load_sweep` reads back."""
         return yaml_text.dump(self.model_dump(mode="json", exclude_none=False))
+
+
+def _check_paths(where: str, paths: Iterable[str]) -> None:
+    """Of what varies: each is a trial's to set, and undoes none before it."""
+    before: list[str] = []
+    for path in paths:
+        if path.split(".")[0] in ("out", "generate", "text", "model", "base_model"):
+            raise ValueError(f"{where}{path}: decides the activations, which all trials share, or where they go")
+        if inside := [other for other in before if other.startswith(f"{path}.")]:
+            raise ValueError(f"{where}{path}: would replace {inside[0]}, which stands before it; put it first")
+        before.append(path)
 
 
 def _related(one: str, other: str) -> bool:

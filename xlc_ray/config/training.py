@@ -182,3 +182,12 @@ class Cluster(Settings):
     after a start has three minutes at least."""
     read_retry_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds for which a file system that fails to give activations, or to tell of checkpoints, is asked again."""
+
+    @model_validator(mode="after")
+    def _waits_before_it_fails(self) -> Cluster:
+        if self.hang_timeout_s <= self.read_retry_s:
+            raise ValueError(
+                f"hang_timeout_s = {self.hang_timeout_s:g} should be more than read_retry_s = {self.read_retry_s:g}: "
+                "a file system that is waited for would count as a hang"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from xlc_ray.config import UserError
@@ -9,7 +10,7 @@ from xlc_ray.config import dictionary as settings
 from xlc_ray.dictionary import custom, gates, hard_concrete, wiring
 from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.gated import Gated
-from xlc_ray.dictionary.normalization import affine
+from xlc_ray.dictionary.normalization import SiteStatistics, affine
 from xlc_ray.dictionary.shards import Shards
 from xlc_ray.dictionary.wiring import Wiring
 
@@ -108,8 +109,13 @@ def tied_sites(wires: Wiring, g: int) -> int:
     return len(wires.writes[g] if wires.tied.by == "per_source" else wires.written_sites)
 
 
-def normalize_by(dictionary: Dictionary, config: settings.Normalization, kind: str, stats) -> None:
-    """Set the dictionary's scale and centre of each site from the store's statistics."""
+def normalize_by(
+    dictionary: Dictionary, config: settings.Normalization, kind: str, stats: Mapping[str, SiteStatistics]
+) -> None:
+    """Set the dictionary's scale and centre of each site from the store's statistics; `kind`: of the wiring.
+
+    Raises UserError where `center` contradicts the kind of normalisation, and on a site without statistics, without
+    E‖x‖ if that is asked for, or constant."""
     wires = dictionary.wiring
     center = config.center
     if config.kind == "mean_norm" and center:

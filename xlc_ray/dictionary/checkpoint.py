@@ -1,8 +1,9 @@
 """Checkpoints: every rank writes its own shard, while training goes on; any number of ranks reads them back.
 
 A run directory holds `checkpoints/step_N/`, written by torch.distributed.checkpoint, and in each, written last, a
-`complete.json` with what is not a tensor. A checkpoint without that file does not exist. The layout of tensors is told
-by DTensor, whose only place in xlc_ray this is.
+`complete.json` with what is not a tensor, and the size of every other file. A checkpoint without that file does not
+exist, one with other sizes is damaged: both are passed over. The layout of tensors is told by DTensor, whose only place
+in xlc_ray this is.
 
 Ranks agree on what is written through `Shards.background`, a group of its own: a thread's collectives must not meet
 those of training. (dcp.async_save would do the same, but knows nothing of the marker and of pruning, which belong to
@@ -34,7 +35,7 @@ from xlc_ray.dictionary.dictionary import Dictionary
 from xlc_ray.dictionary.shards import Shards
 from xlc_ray.dictionary.wiring import Tying, Wiring
 
-MARKER = "complete.json"
+MARKER, SIZES = "complete.json", "files"
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of every save and load of one process
 
 
@@ -74,10 +75,21 @@ def _write(
         with files.writing(path):
             raise next(iter(error.failures.values()))[0] from None
     if leader:
-        files.write_json(files.join(path, MARKER), {"step": step, **facts})
+        sizes = files.sizes(path)
+        if lost := sorted(_files_of(path) - sizes.keys()):
+            raise UserError(
+                f"{path}: {lost[0]} is not there: a rank wrote it elsewhere; put `out` on a file system that all nodes "
+                "share, or give a URL"
+            )
+        files.write_json(files.join(path, MARKER), {"step": step, **facts, SIZES: sizes})
         _prune(run_dir, steps(run_dir)[-keep:])
     if group is not None:
         dist.barrier(group)
+
+
+def _files_of(path: str) -> set[str]:
+    """Names of the files that the tensors of a checkpoint lie in, as its metadata say."""
+    return {where.relative_path for where in _reader(path).read_metadata().storage_data.values()}
 
 
 def _prune(run_dir: str, kept: list[int]) -> None:
@@ -149,10 +161,37 @@ class Background:
 
 
 def steps(run_dir: str) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    base = files.join(run_dir, "checkpoints")
-    found = [step for name in files.listdir(base) if (step := _step_of(name)) is not None]
-    return sorted(step for step in found if files.exists(files.join(_path(run_dir, step), MARKER)))
+    """Steps of the complete checkpoints, ascending, without those that are damaged."""
+    return sorted(step for step, what in _looked_at(run_dir).items() if what is None)
+
+
+def damaged(run_dir: str) -> list[str]:
+    """A line for each checkpoint that was complete and is not any more: a file is missing, cut or longer."""
+    return [what for what in _looked_at(run_dir).values() if what]
+
+
+def _looked_at(run_dir: str) -> dict[int, str | None]:
+    """By step of each checkpoint that was complete: what is wrong with it."""
+    found = {}
+    for name in files.listdir(files.join(run_dir, "checkpoints")):
+        if (step := _step_of(name)) is None:
+            continue
+        try:
+            wanted = facts(run_dir, step).get(SIZES, {})
+        except FileNotFoundError:
+            continue
+        path = _path(run_dir, step)
+        sizes = files.sizes(path)
+        wrong = next((file for file, size in wanted.items() if sizes.get(file) != size), None)
+        what = f"{wrong} has {sizes.get(wrong, 0):,} of {wanted[wrong]:,} bytes" if wrong else ""
+        found[step] = f"{path}: damaged, passed over: {what}" if wrong else None
+    return found
+
+
+def newest(run_dir: str, shards: Shards) -> int | None:
+    """The step of the newest complete checkpoint, as the first rank sees it (all ranks call this): others may still
+    have an older list of the directory."""
+    return shards.told((steps(run_dir) or [None])[-1] if shards.first else None)
 
 
 def _path(run_dir: str, step: int) -> str:
@@ -170,10 +209,13 @@ def facts(run_dir: str, step: int) -> dict[str, Any]:
 
 def load(run_dir: str, step: int, tensors: dict[str, Tensor], shards: Shards) -> None:
     """Fill the tensors given, in place, from a checkpoint written by any number of ranks (all ranks call this)."""
-    path = _path(run_dir, step)
-    reader = FsspecReader(path) if files.is_url(path) else dcp.FileSystemReader(files.local(path))
+    reader = _reader(_path(run_dir, step))
     group = shards.background
     dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def _reader(path: str) -> dcp.FileSystemReader:
+    return FsspecReader(path) if files.is_url(path) else dcp.FileSystemReader(files.local(path))
 
 
 def sharded(local: Tensor, features: int, shards: Shards) -> Tensor:
@@ -215,15 +257,21 @@ def wiring_from(plain: dict[str, Any]) -> Wiring:
     return Wiring(plain["widths"], reads, writes, plain["skip"], tied)
 
 
+def settings(run_dir: str) -> Config:
+    """The settings of a run that has a checkpoint. Raises UserError where it has none."""
+    if not steps(run_dir):
+        raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
+    path = files.join(run_dir, "config.yaml")
+    return load_config_text(files.read_bytes(path), path)
+
+
 def load_dictionary(run_dir: str, step: int | None = None) -> tuple[Dictionary, Config]:
     """The whole dictionary of a run's checkpoint at `step` (None: the newest), on the CPU in inference form, and the
     run's settings. Raises UserError where there is no such checkpoint."""
-    if not (found := steps(run_dir)):
-        raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
+    config, found = settings(run_dir), steps(run_dir)
     step = found[-1] if step is None else step
     if step not in found:
         raise UserError(f"{run_dir}: no complete checkpoint of step {step}; there are: {', '.join(map(str, found))}")
-    config = load_config_text(files.read_bytes(files.join(run_dir, "config.yaml")), f"{run_dir}/config.yaml")
     wiring = wiring_from(facts(run_dir, step)["wiring"])
     dictionary = build(config.dictionary, wiring, config.seed, Shards())
     if config.train.precision == "float64":

@@ -132,7 +132,7 @@ class Dictionary(Encoder):
         raw = join(activations, sites, self.b_dec)
         mean, scale = (torch.cat([v[places[s]] for s in sites]) for v in (self.read_mean, self.read_scale))
         x, group = (raw - mean) / scale, self.groups[g]
-        norms = [self.norms(n).detach() for n in range(len(self.groups))] if self.gate.needs_norms else None
+        norms = {g: self.norms(g).detach()} if self.gate.needs_norms else None
         pre = nnf.linear(x, group.W_enc, group.b_enc)
         tile = Tile(g, 0, x.shape[0], pre.detach)
         picked = self.gate.select(lambda _: iter([tile]), norms, 1.0, [])[0][g]

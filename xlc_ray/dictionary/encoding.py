@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         if dead and dead.k is not None:
             rivals = {g: self._dead_preactivations(g, x, dead.masks[g]) for g in every}
             pools = {g: Pool(rivals[g], dead.k) for g in every if dead.totals[g] > dead.k}
-        picked, limits = self._select(x, lengths, list(pools.values()))
+        picked, limits = self._select(x, whole, lengths, list(pools.values()))
         features = [self._features(g, x, picked[g], whole) for g in every]
         revived = None
         if dead and dead.k is None:
@@ -112,27 +112,33 @@ class Encoder(nn.Module):
             return nnf.linear(columns(x, self._reads[g]), group.W_enc, group.b_enc).to(group.W_enc.dtype)
 
     @torch.no_grad()
-    def _select(self, x: Tensor, lengths: list[Tensor] | None, extra: list[Pool]) -> Selected:
-        """Entries of each group, chosen from tiles of pre-activations; [B, F] of all groups is never held."""
+    def _select(
+        self, x: Tensor, whole: list[Tensor] | None, lengths: list[Tensor] | None, extra: list[Pool]
+    ) -> Selected:
+        """Entries of each group, chosen from tiles: of `whole`, or made so that [B, F] of all groups is never held."""
         if self.products == "dense" and not self.gate.ranks:
             limits = self.shards.kth_largest(extra) if extra else []
             return dict.fromkeys(range(self.wiring.groups)), limits
         most = 1.0 if self.products == "sparse" else BREAK_EVEN
         with self._reduced_precision():  # around all tiles: autocast keeps its copy of the weights until it ends
-            return self.gate.select(functools.partial(self._tiles, x), lengths, most, extra)
+            return self.gate.select(functools.partial(self._tiles, x, whole), lengths, most, extra)
 
-    def _tiles(self, x: Tensor, together: bool) -> Iterator[Tile]:
-        """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group. Each is made in the
-        memory of one before it, because paging in fresh memory takes a quarter of the time of the product."""
+    def _tiles(self, x: Tensor, whole: list[Tensor] | None, together: bool) -> Iterator[Tile]:
+        """Tiles of at most TILE entries: of all groups for a block of tokens, or of one group. They are rows of
+        `whole`, or each is made in the memory of one before it, because paging in fresh memory takes a quarter of the
+        time of the product."""
         memory: dict[int, Tensor] = {}
         sizes = [group.b_enc.shape[0] for group in self.groups]
         blocks = [range(len(sizes))] if together else [[g] for g in range(len(sizes))]
         for groups in blocks:
             rows = max(1, TILE // sum(sizes[g] for g in groups))
             for first in range(0, max(1, x.shape[0]), rows):  # without tokens: one empty tile
+                part = slice(first, first + rows)
                 for g in groups:
-                    place = g if together else 0
-                    make = functools.partial(self._tile, g, x[first : first + rows], memory, place)
+                    if whole:
+                        make = functools.partial(whole[g].detach().__getitem__, part)
+                    else:
+                        make = functools.partial(self._tile, g, x[part], memory, g if together else 0)
                     yield Tile(g, first, x.shape[0], make)
 
     def _tile(self, g: int, x: Tensor, memory: dict[int, Tensor], place: int) -> Tensor:

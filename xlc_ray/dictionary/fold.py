@@ -125,7 +125,7 @@ def untie(dictionary: Dictionary) -> Dictionary:
 
 
 def expanded_decoder(dictionary: Dictionary, g: int) -> Float[Tensor, "F W"]:
-    """What the features of group g write at all its sites, side by side: W_dec itself where decoders are not tied."""
+    """What the features of group g write at all its sites, side by side; a copy, also where decoders are not tied."""
     return torch.cat([dictionary.decoder_rows(g, site) for site in dictionary.wiring.writes[g]], dim=1)
 
 

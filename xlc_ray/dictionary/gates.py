@@ -14,7 +14,7 @@ them), has a training and an inference form (`module.training`), and offers the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from xlc_ray.dictionary.shards import Limit, Pool, Shards
 from xlc_ray.dictionary.sparse import Support
 from xlc_ray.dictionary.zscore import ZScores, mean_so_far
 
-Norms = list[Tensor] | None
+Norms = Sequence[Tensor] | Mapping[int, Tensor] | None
+"""Decoder norms [F] by group, at least of the groups that tiles show."""
 Selected = tuple[dict[int, Picked | None], list[Limit]]
 """Entries of each group (None: too many to list, every entry counts), and the limits of the extra pools."""
 

@@ -26,10 +26,14 @@ from xlc_ray.config import UserError
 class SiteStatistics(Protocol):
     """What is known of a site's stored rows; arrays are float64 [d]; `mean_norm` = E‖x‖ or None if unknown."""
 
-    count: int
-    mean: np.ndarray
-    std: np.ndarray
-    mean_norm: float | None
+    @property
+    def count(self) -> int: ...
+    @property
+    def mean(self) -> np.ndarray: ...
+    @property
+    def std(self) -> np.ndarray: ...
+    @property
+    def mean_norm(self) -> float | None: ...
 
 
 def affine(

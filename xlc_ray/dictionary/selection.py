@@ -7,6 +7,7 @@ superset that all ranks then cut at the k-th largest value (Shards.kth_largest).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,12 +97,14 @@ def above(tiles: Tiles, lower: Callable[[int], Tensor | float], most: float) -> 
 def chosen(tiles: Tiles, test: Callable[[Tile], Tensor], most: float) -> dict[int, Picked | None]:
     """Entries that pass a test (tile → mask [b, F]); None for a group where they are more than the share `most`."""
     found: dict[int, list[Picked] | None] = {}
+    count: Counter[int] = Counter()
     for tile in tiles(False):
         parts = found.setdefault(tile.g, [])
         if parts is None:
             continue
         mask = test(tile)
-        if int(mask.sum()) > most * mask.numel():
+        count[tile.g] += int(mask.sum())
+        if count[tile.g] > most * tile.tokens * mask.shape[1]:
             found[tile.g] = None
         else:
             parts.append(take(tile, tile.pre, mask))

@@ -6,14 +6,17 @@ group's features. Forward needs
     sum            all-reduce forward, identity backward: each rank's partial reconstruction → the whole one
     kth_largest    the k-th largest of values spread over ranks (values only, no gradient)
 
-and a training step adds one mean of gradients over replicas and one small sum (norms and counts); where a rank runs
-other code on the reconstruction (end-to-end training) the ranks agree on its gradient. Without a process
-group all of them are no-ops, and nothing else in the mathematics knows how many ranks there are.
+and a training step adds one mean of gradients over replicas and one small sum (norms and counts). Some settings add
+small ones: an lp penalty that keeps its strength and a target of l0 a mean over the global batch (`mean_of_batches`),
+z-scores and thresholds of inference a mean over replicas, a step that is measured the sum and the mean of its metrics.
+Where a rank runs other code on the reconstruction (end-to-end training) the ranks agree on its gradient. Without a
+process group all of them are no-ops, and nothing else in the mathematics knows how many ranks there are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,18 @@ class Shards:
         if self.replica_group is not None:
             dist.all_reduce(values, group=self.replica_group)
             values /= self.replicas
+
+    def told(self, mine: T) -> T:
+        """What the first rank says, an object that can be pickled, on every rank (all ranks call this)."""
+        said = [mine]
+        if self.background is not None:
+            dist.broadcast_object_list(said, src=0, group=self.background)
+        return said[0]
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first rank of all."""
+        return self.rank == self.replica == 0
 
     def of_first_rank(self, values: Tensor) -> Tensor:
         """The first rank's values, on every rank."""

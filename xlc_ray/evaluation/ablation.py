@@ -49,6 +49,7 @@ class Effects:
 
     @classmethod
     def empty(cls, features: Sequence[Which]) -> Effects:
+        """Before any window, of these features."""
         zeros = torch.zeros(len(features), dtype=torch.float64)
         return cls(list(features), 0, zeros, zeros.clone())
 

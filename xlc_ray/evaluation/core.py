@@ -40,9 +40,8 @@ SMALL = 1e-4
 
 @dataclass
 class CoreSums:
-    """Sums over tokens of one hook, beside its Moments."""
+    """Sums over tokens of one hook that its Moments lack."""
 
-    moments: Moments
     norm: float = 0.0
     """Σ ‖x‖."""
     norm_hat: float = 0.0
@@ -54,7 +53,6 @@ class CoreSums:
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add a batch x, x_hat [B, d]."""
-        self.moments.update(x, x_hat)
         x, x_hat = x.double(), x_hat.double()
         norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
         spread = (x - x.mean(0)).square().sum(1)
@@ -68,13 +66,12 @@ class CoreSums:
 
     def merge(self, other: CoreSums) -> None:
         """Add the batches that another accumulator saw."""
-        self.moments.merge(other.moments)
-        for field in fields(self)[1:]:
+        for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-    def compute(self) -> dict[str, dict[str, float | None]]:
-        """The categories reconstruction_quality and shrinkage."""
-        m, n = self.moments, max(self.moments.count, 1)
+    def compute(self, m: Moments) -> dict[str, dict[str, float | None]]:
+        """The categories reconstruction_quality and shrinkage; `m`: of the same tokens."""
+        n = max(m.count, 1)
         square = m.square / n
         spread = square - (square / len(m.total)) ** 2
         return {
@@ -95,54 +92,66 @@ class CoreSums:
 
 @dataclass
 class CoreWatch:
-    """The sums of every written site and of all side by side; sees the batches of evaluate_reconstruction."""
+    """The sums of every written site and of all side by side; sees the batches of evaluate_reconstruction, which has
+    the moments of each site itself."""
 
     sites: dict[str, CoreSums]
     together: CoreSums
+    moments: Moments
+    """Of all side by side, in raw units."""
 
     @classmethod
     def empty(cls, widths: dict[str, int]) -> CoreWatch:
-        sites = {site: CoreSums(Moments.empty(width)) for site, width in widths.items()}
-        return cls(sites, CoreSums(Moments.empty(sum(widths.values()))))
+        """Before any batch; `widths`: written site → width."""
+        return cls({site: CoreSums() for site in widths}, CoreSums(), Moments.empty(sum(widths.values())))
 
     def update(self, raw: dict[str, Tensor], raw_hat: dict[str, Tensor], features: list[Features]) -> None:
         """Add a batch, in raw units."""
         for site, sums in self.sites.items():
             sums.update(raw[site], raw_hat[site])
-        both = (torch.cat([values[site] for site in self.sites], dim=1) for values in (raw, raw_hat))
-        self.together.update(*both)
+        x, x_hat = (torch.cat([values[site] for site in self.sites], dim=1) for values in (raw, raw_hat))
+        self.together.update(x, x_hat)
+        self.moments.update(x, x_hat)
 
     def merge(self, other: CoreWatch) -> None:
         """Add the batches that another accumulator saw."""
         for site, sums in self.sites.items():
             sums.merge(other.sites[site])
         self.together.merge(other.together)
+        self.moments.merge(other.moments)
 
 
 def core_metrics(
-    dictionary: Dictionary, watch: CoreWatch, features: list[FeatureStatistics], replacement: dict[str, Any] | None
+    dictionary: Dictionary,
+    watch: CoreWatch,
+    sites: dict[str, Moments],
+    features: list[FeatureStatistics],
+    replacement: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What stands in eval_core.json: eval_type_id, eval_result_metrics, and `sites` (site → the same categories).
 
-    `replacement`: what evaluate_replacement returned; without it the categories of the model are left out."""
+    `sites`: the moments of each written site over the same tokens, in raw units. `replacement`: what
+    evaluate_replacement returned; without it the categories of the model are left out."""
     writers = {s: [own for own, w in zip(features, dictionary.wiring.writes, strict=True) if s in w]
                for s in watch.sites}  # fmt: skip
 
-    def categories(sums: CoreSums, groups: list[FeatureStatistics], scores: dict[str, Any]) -> dict[str, Any]:
+    def categories(
+        sums: CoreSums, moments: Moments, groups: list[FeatureStatistics], scores: dict[str, Any]
+    ) -> dict[str, Any]:
         tokens = {"total_tokens_eval_reconstruction": replacement["tokens"]} if replacement else {}
         return {
             **(_model(scores, replacement["ce_original"]) if replacement else {}),
-            **sums.compute(),
+            **sums.compute(moments),
             **_activity(groups),
-            "token_stats": {**tokens, "total_tokens_eval_sparsity_variance": sums.moments.count},
+            "token_stats": {**tokens, "total_tokens_eval_sparsity_variance": moments.count},
         }
 
     one = replacement["sites"] if replacement else {}
     whole = replacement["all"] if replacement else {}
     return {
         "eval_type_id": "core",
-        "eval_result_metrics": categories(watch.together, features, whole),
-        "sites": {s: categories(sums, writers[s], one.get(s, {})) for s, sums in watch.sites.items()},
+        "eval_result_metrics": categories(watch.together, watch.moments, features, whole),
+        "sites": {s: categories(sums, sites[s], writers[s], one.get(s, {})) for s, sums in watch.sites.items()},
     }
 
 

@@ -46,6 +46,7 @@ class FeatureStatistics:
 
     @classmethod
     def empty(cls, features: int) -> FeatureStatistics:
+        """Before any batch, of a group of so many features."""
         zeros = torch.zeros(features, dtype=torch.float64)
         return cls(0, zeros.long(), zeros, torch.full_like(zeros, -torch.inf))
 
@@ -76,6 +77,7 @@ class FeatureWatch:
 
     @classmethod
     def empty(cls, features: list[int]) -> FeatureWatch:
+        """Before any batch, of groups of so many features each."""
         return cls([FeatureStatistics.empty(n) for n in features])
 
     def update(self, raw: dict[str, Tensor], raw_hat: dict[str, Tensor], features: list[Features]) -> None:

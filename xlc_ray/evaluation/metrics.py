@@ -54,6 +54,7 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int) -> Moments:
+        """Before any token, of vectors so wide."""
         return cls(count=0, total=torch.zeros(width, dtype=torch.float64))
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
@@ -106,6 +107,7 @@ class Activity:
 
     @classmethod
     def empty(cls, features: int) -> Activity:
+        """Before any token, of a group of so many features."""
         return cls(tokens=0, counts=torch.zeros(features, dtype=torch.int64))
 
     def update(self, counts: Tensor, tokens: int) -> None:
@@ -150,6 +152,7 @@ class ReconstructionMetrics:
 
     @property
     def tokens(self) -> int:
+        """Tokens seen."""
         return self.total.count
 
     def update(

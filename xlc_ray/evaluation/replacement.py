@@ -134,6 +134,7 @@ class Score:
 
     @property
     def ce(self) -> float:
+        """Mean cross-entropy, nats a token. Some token must have been scored."""
         return self.cross_entropy / self.tokens
 
 
@@ -148,6 +149,7 @@ class Scores:
 
     @classmethod
     def empty(cls, sites: tuple[str, ...]) -> Scores:
+        """Before any batch, of one model's written sites."""
         replaced, ablated = ({v: Score() for v in (None, *sites)} for _ in range(2))
         return cls(sites, Score(), replaced, ablated)
 

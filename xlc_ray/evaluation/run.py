@@ -140,7 +140,7 @@ def finish(dictionary: Dictionary, sums: Sums, effects: Effects | None) -> Measu
         diff.merge(sums.diff)
     return Measurement(
         _evaluation(dictionary, metrics, replacement, ablated, diff),
-        core_metrics(dictionary, sums.core, sums.features.groups, replacement),
+        core_metrics(dictionary, sums.core, sums.metrics.sites, sums.features.groups, replacement),
         feature_table(dictionary, sums.features, sums.metrics.sites),
     )
 

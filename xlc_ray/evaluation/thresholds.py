@@ -11,7 +11,7 @@ With "kept" the entries that the gate keeps in its training form, batch by batch
     L0(s) = E #{i : pre_i > s θ_i},        s = 10^(-1 + k / 2^14), k = 0 … 2^15
 
 which are the points where 15 bisections of s ∈ [0.1, 10] can end. One pass counts them all, so that none is repeated.
-Counts and sums are exact or float64, and merge.
+Counts are exact, sums float64.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Kept:
 
     @classmethod
     def empty(cls, features: int) -> Kept:
+        """Before any batch, of a group of so many features."""
         return cls(0, 0, torch.zeros(features, dtype=torch.float64), torch.zeros(features, dtype=torch.int64), 0.0, 0)
 
     def update(self, features: Features, norms: Tensor | None) -> None:
@@ -67,15 +68,6 @@ class Kept:
         self.batches += least.isfinite().cpu()
         self.least_score += score.where(score.isfinite(), 0).sum().item()
         self.scored += int(score.isfinite().sum())
-
-    def merge(self, other: Kept) -> None:
-        """Add the batches that another accumulator saw."""
-        self.tokens += other.tokens
-        self.entries += other.entries
-        self.least = self.least + other.least
-        self.batches = self.batches + other.batches
-        self.least_score += other.least_score
-        self.scored += other.scored
 
     @property
     def l0(self) -> float:
@@ -138,6 +130,7 @@ class Ladder:
 
     @classmethod
     def empty(cls) -> Ladder:
+        """Before any batch."""
         return cls(0, torch.zeros(len(SCALES) + 1, dtype=torch.int64))
 
     def update(self, features: Features, threshold: Tensor) -> None:
@@ -147,11 +140,6 @@ class Ladder:
         steps = torch.bucketize(ratio, SCALES.to(ratio.device))
         self.passed += torch.bincount(steps, minlength=len(self.passed)).cpu()
         self.tokens += features.shape[0]
-
-    def merge(self, other: Ladder) -> None:
-        """Add the tokens that another accumulator saw."""
-        self.passed = self.passed + other.passed
-        self.tokens += other.tokens
 
     def l0(self) -> Tensor:
         """L0 at each of SCALES, falling."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 
 from xlc_ray import files
-from xlc_ray.config import UserError
-from xlc_ray.dictionary import Dictionary, Shards, Wiring, gates
-from xlc_ray.export.plain import assemble
-from xlc_ray.export.weights import pick, read_tensors
+from xlc_ray.dictionary import Dictionary
+from xlc_ray.export.plain import crosscoder
+from xlc_ray.export.weights import read_tensors
 
 
 def detect(path: str, names: set[str]) -> bool:
@@ -26,14 +25,8 @@ def read(path: str) -> Dictionary:
     """The crosscoder in such a directory, as it was saved last."""
     last = max(_saved(set(files.listdir(path))))
     name, facts = files.join(path, f"{last}.pt"), files.read_mapping(files.join(path, f"{last}_cfg.json"))
-    W_enc, b_enc, W_dec, b_dec = pick(read_tensors(name), name, "W_enc", "b_enc", "W_dec", "b_dec")
-    if W_enc.ndim != 3 or W_dec.ndim != 3 or b_dec.ndim != 2:
-        raise UserError(f"{name}: expected W_enc [L, d, F], W_dec [F, L, d] and b_dec [L, d]")
-    layers, width = b_dec.shape
-    sites = tuple(f"{facts.get('site', 'resid_post')}.{layer}" for layer in range(layers))
-    weights = (W_enc.permute(2, 0, 1).flatten(1), b_enc, W_dec.flatten(1))
-    wiring = Wiring(dict.fromkeys(sites, width), (sites,), (sites,))
-    return assemble(name, wiring, [weights], b_dec.flatten(), gates.ReLU([len(b_enc)], Shards()))
+    site = facts.get("site", "resid_post")
+    return crosscoder(name, read_tensors(name), lambda layers: [f"{site}.{layer}" for layer in range(layers)])
 
 
 def _saved(names: set[str]) -> list[int]:

@@ -31,6 +31,7 @@ from xlc_ray.export.plain import (
     Weights,
     assemble,
     batchtopk,
+    crosscoder,
     folder_of,
     gated,
     gated_biases,
@@ -87,7 +88,7 @@ def write(dictionary: Dictionary, config: Config, out: str) -> Dictionary:
     if kind == "crosscoder":
         return _write_crosscoder(made, config, out)
     if isinstance(made.gate, gates.ReLU):
-        parts = [unit_rows(g.W_enc, g.b_enc, g.W_dec) for g in made.groups]
+        parts = [unit_rows(out, g.W_enc, g.b_enc, g.W_dec) for g in made.groups]
         made = assemble(out, made.wiring, parts, made.b_dec, made.gate)
     for g in range(made.wiring.groups):
         _write_one(made, dictionary.gate, g, config, out)
@@ -236,7 +237,7 @@ def _read_one(folder: str) -> Part:
     if layout.centred:
         b_enc = uncentred(name, W_enc, b_enc, b_dec)
     weights: Weights = (W_enc, b_enc, W_dec)
-    return _place(trainer), kind, unit_rows(*weights) if kind == "AutoEncoder" else weights, b_dec, tensors
+    return _place(trainer), kind, unit_rows(name, *weights) if kind == "AutoEncoder" else weights, b_dec, tensors
 
 
 def _place(trainer: dict[str, Any]) -> tuple[str, int]:
@@ -251,15 +252,11 @@ def _place(trainer: dict[str, Any]) -> tuple[str, int]:
 def _read_crosscoder(path: str) -> Dictionary:
     name = files.join(path, CROSSCODER)
     facts = files.read_mapping(files.join(path, "cfg.json"))
-    W_enc, b_enc, W_dec, b_dec = pick(read_tensors(name), name, "W_enc", "b_enc", "W_dec", "b_dec")
-    if W_enc.ndim != 3 or W_dec.ndim != 3 or b_dec.ndim != 2:
-        raise UserError(f"{name}: expected W_enc [L, d, F], W_dec [F, L, d] and b_dec [L, d]")
-    count, width = b_dec.shape
     hooks = facts.get("hook_points")
-    if isinstance(hooks, list) and len(hooks) == count:
-        sites = tuple(site_of(str(hook)) for hook in hooks)
-    else:  # two models at one place
-        sites = tuple(f"{n}:{facts.get('hook_point', 'input')}" for n in range(count))
-    wiring = Wiring(dict.fromkeys(sites, width), (sites,), (sites,))
-    weights = (W_enc.permute(2, 0, 1).flatten(1), b_enc, W_dec.flatten(1))
-    return assemble(name, wiring, [weights], b_dec.flatten(), gates.ReLU([len(b_enc)], Shards()))
+
+    def sites_of(count: int) -> list[str]:
+        if isinstance(hooks, list) and len(hooks) == count:
+            return [site_of(str(hook)) for hook in hooks]
+        return [f"{n}:{facts.get('hook_point', 'input')}" for n in range(count)]  # two models at one place
+
+    return crosscoder(name, read_tensors(name), sites_of)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xlc_ray import files
-from xlc_ray.activations.store import decode, open_store
+from xlc_ray.activations.store import decode, is_there, open_store
 from xlc_ray.config import Config
 from xlc_ray.dictionary import Dictionary
 
@@ -35,7 +35,7 @@ def rows(dictionary: Dictionary, config: Config) -> Rows:
     """Held-out rows of the run's store if it is there, else seeded Gaussian ones with the sites' mean and scale."""
     sites = dictionary.wiring.read_sites
     path = files.join(config.source.path, "held_out")
-    if files.exists(files.join(path, "manifest.json")):
+    if is_there(path):
         store = open_store(path)
         if set(sites) <= set(store.manifest.sites):
             found = store.read(0, 0, min(ROWS, store.chunk_rows[0]), sites)

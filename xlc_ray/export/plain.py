@@ -11,7 +11,7 @@ is a jumprelu here: θ, or θ / n_i where entries compete by activation times de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from xlc_ray.dictionary.fold import fold, untie
 from xlc_ray.dictionary.gated import Gated
 from xlc_ray.dictionary.selection import LEAST
 from xlc_ray.dictionary.shards import Shards
+from xlc_ray.export.weights import pick
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """W_enc [F, R], b_enc [F], W_dec [F, W] of a group."""
@@ -50,7 +51,7 @@ def plain(dictionary: Dictionary) -> Dictionary:
             simple = jumprelu([_inference_threshold(gate, g, part[2]) for g, part in enumerate(parts)])
         case gates.TopK():
             simple = topk(dictionary.sizes, gate.k)
-            parts = [unit_rows(*part) for part in parts] if gate.needs_norms else parts
+            parts = [unit_rows("dictionary", *part) for part in parts] if gate.needs_norms else parts
         case _:
             raise UserError(f"export: no format here has the gate {type(gate).__name__}; the run itself can be loaded")
     same = assemble("dictionary", dictionary.wiring, parts, dictionary.b_dec, simple, list(dictionary.W_skip))
@@ -65,10 +66,13 @@ def _inference_threshold(gate: gates.TopK, g: int, W_dec: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unit_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Weights:
+def unit_rows(where: str, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Weights:
     """The same group with decoder rows of norm 1 and features times their former norm n_i, for gates that allow it.
 
-    A row of zeros becomes some unit row, and its feature is never active."""
+    A row of zeros becomes some unit row, and its feature is never active. Raises UserError, naming `where`, where the
+    weights are not of the same features."""
+    _check(where, "b_enc", b_enc, W_enc.shape[:1])
+    _check(where, "W_dec", W_dec, (*W_enc.shape[:1], *W_dec.shape[-1:]))
     norms = W_dec.norm(dim=1)
     rows = torch.where((norms > 0).unsqueeze(1), W_dec / norms.clamp(min=LEAST).unsqueeze(1), 0)
     rows[:, 0] += (norms == 0).to(rows.dtype)
@@ -79,9 +83,8 @@ def uncentred(where: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor
     """b_enc [F] for features of x where the given ones are of x - b_dec: b_enc - W_enc b_dec, W_enc [F, R], b_dec [R].
 
     Raises UserError, naming `where`, on shapes that do not fit."""
-    for what, value, wanted in (("b_enc", b_enc, W_enc.shape[:1]), ("b_dec", b_dec, W_enc.shape[1:])):
-        if value.shape != wanted:
-            raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
+    _check(where, "b_enc", b_enc, W_enc.shape[:1])
+    _check(where, "b_dec", b_dec, W_enc.shape[1:])
     return (b_enc.double() - W_enc.double() @ b_dec.double()).to(b_enc.dtype)
 
 
@@ -114,10 +117,26 @@ def _default(name: str) -> str:
 
 
 def _put(where: str, module: object, name: str, value: Tensor, what: str) -> None:
-    wanted = getattr(module, name).shape
-    if value.shape != wanted:
-        raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
+    _check(where, what, value, getattr(module, name).shape)
     setattr(module, name, nn.Parameter(value.detach()))
+
+
+def _check(where: str, what: str, value: Tensor, wanted: Sequence[int]) -> None:
+    if value.shape != tuple(wanted):
+        raise UserError(f"{where}: {what} is {list(value.shape)}, but {list(wanted)} is what fits the rest")
+
+
+def crosscoder(where: str, tensors: Mapping[str, Tensor], sites_of: Callable[[int], Sequence[str]]) -> Dictionary:
+    """An acausal relu crosscoder of L sites, `sites_of(L)`, from W_enc [L, d, F], b_enc [F], W_dec [F, L, d] and
+    b_dec [L, d]. Raises UserError, naming `where`, where one of them is missing or of a shape that does not fit."""
+    W_enc, b_enc, W_dec, b_dec = pick(tensors, where, "W_enc", "b_enc", "W_dec", "b_dec")
+    if W_enc.ndim != 3 or W_dec.ndim != 3 or b_dec.ndim != 2:
+        raise UserError(f"{where}: expected W_enc [L, d, F], W_dec [F, L, d] and b_dec [L, d]")
+    count, width = b_dec.shape
+    sites = tuple(sites_of(count))
+    wiring = Wiring(dict.fromkeys(sites, width), (sites,), (sites,))
+    weights = (W_enc.permute(2, 0, 1).flatten(1), b_enc, W_dec.flatten(1))
+    return assemble(where, wiring, [weights], b_dec.flatten(), gates.ReLU([len(b_enc)], Shards()))
 
 
 def jumprelu(thresholds: Sequence[Tensor]) -> gates.JumpReLU:

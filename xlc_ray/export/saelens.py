@@ -209,7 +209,7 @@ def _read_one(folder: str) -> dict[str, Any]:
         b_enc = uncentred(name, W_enc.T, b_enc, b_dec)
     weights = (W_enc.T, b_enc, W_dec)
     if facts.get("rescale_acts_by_decoder_norm"):
-        weights = unit_rows(*weights)
+        weights = unit_rows(name, *weights)
     hook = str(metadata.get("hook_name") or "input")
     transcodes = "transcoder" in architecture
     return {

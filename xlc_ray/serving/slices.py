@@ -48,6 +48,7 @@ class Array:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         return self.width * self.dtype.itemsize
 
 

@@ -1,6 +1,7 @@
 """What a sweep knows of its trials while it runs, kept in sweep.json: what resuming reads, and what users read.
 
-A trial is waiting, running, finished (it came to its last step), stopped (cut short at a rung), paused (it came to a
+A trial is waiting, running, finished (it came to its last step), stopped (cut short at a rung, or because
+somebody asked), paused (it came to a
 comparison of a population, and has no workers until all have) or failed. Whatever runs the trials tells the board what
 they measure, and the board says whether a trial goes on.
 """
@@ -49,6 +50,11 @@ class Row:
     """Of a population: {step, from, settings} for its start (from: null), and for each time that it was replaced: from
     that step on it trains what `from` had trained until then, with these settings; `error`: what had ended it."""
 
+    @property
+    def judged(self) -> Metrics:
+        """What it counts by among others: what it measured, unless it failed."""
+        return {} if self.state == "failed" else self.metrics
+
 
 class Board:
     """The trials of one sweep."""
@@ -87,9 +93,9 @@ class Board:
         return row
 
     def keep(self, before: Mapping[str, Row]) -> None:
-        """Leave on the board what other trials of an earlier session have done."""
+        """Leave on the board the other trials of an earlier session."""
         for row in before.values():
-            if row.trial not in self.rows and (row.step or row.state in DONE):
+            if row.trial not in self.rows:
                 self.rows[row.trial] = replace(row, state=row.state if row.state in DONE else "waiting")
                 self._remember(row)
 
@@ -118,6 +124,10 @@ class Board:
         row = self.rows[name]
         later = self.sweep.pbt and any(stop > row.step for stop in self.comparisons)
         self._set(row, state="paused" if later else "failed", error=error)
+
+    def asked_to_stop(self, name: str, step: int) -> None:
+        """A trial has ended at a checkpoint because somebody asked for it: it counts as cut there."""
+        self._set(self.rows[name], state="stopped", step=step)
 
     def next_generation(self, step: int, moves: Mapping[str, Move]) -> None:
         """All that are paused go on from `step`, some from others' parameters; but who diverged and is not replaced has
@@ -161,7 +171,7 @@ class Board:
             "stopped": sum(row.state == "stopped" for row in rows),
             "failed": sum(row.state == "failed" for row in rows),
             "replaced": sum(len(row.history[1:]) for row in rows),
-            "pareto_points": len(pareto(points_of("l0", "fvu", (row.metrics for row in rows)))),
+            "pareto_points": len(pareto(points_of("l0", "fvu", (row.judged for row in rows)))),
             "share_of_full_steps": sum(row.step for row in rows) / max(1, sum(row.steps for row in rows)),
         }
 

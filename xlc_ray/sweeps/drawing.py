@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from xlc_ray.sweeps.frontier import log
+from xlc_ray.sweeps.frontier import log, log_if_positive
 
 Row = dict[str, Any]
 Scale = Callable[[float], float]
+Tick = tuple[float, float]
+"""Where it stands on a scale, and its value."""
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 900.0, 420.0, 70.0, 20.0, 50.0, 16.0
 MOST_TICKS = 8
 """Values of a setting that are named on its axis; of more, the ends."""
@@ -22,14 +24,15 @@ NOTHING = "\N{EN DASH}"
 
 
 def frontier(rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
-    """A dot a trial in the plane of two metrics, both logarithmic, and the line of the frontier."""
-    shown = [(i, row) for i, row in enumerate(rows) if _has(row, x, y)]
-    points = [(log(row["metrics"][x]), log(row["metrics"][y])) for _, row in shown]
-    across, up = (
-        _scale([p for p, _ in points], LEFT, WIDTH - RIGHT),
-        _scale([p for _, p in points], HEIGHT - BOTTOM, TOP),
-    )
-    parts = _frame([p for p, _ in points], [p for _, p in points], across, up, x, y)
+    """A dot a trial in the plane of two metrics, each logarithmic if all its values are above 0, and the line of the
+    frontier."""
+    shown = [(i, row) for i, row in enumerate(rows) if has(row, x, y)]
+    xs, ys = [row["metrics"][x] for _, row in shown], [row["metrics"][y] for _, row in shown]
+    sideways, upwards = log_if_positive(xs), log_if_positive(ys)
+    points = [(sideways(a), upwards(b)) for a, b in zip(xs, ys, strict=True)]
+    across = _scale([p for p, _ in points], LEFT, WIDTH - RIGHT)
+    up = _scale([p for _, p in points], HEIGHT - BOTTOM, TOP)
+    parts = _frame(_ticks(xs), _ticks(ys), across, up, x, y)
     line = sorted((across(a), up(b)) for (a, b), (_, row) in zip(points, shown, strict=True) if row["trial"] in best)
     parts.append(f'<polyline class="front" points="{_points(line)}"/>')
     for (a, b), (i, row) in zip(points, shown, strict=True):
@@ -42,7 +45,7 @@ def frontier(rows: Sequence[Row], best: set[str], x: str, y: str) -> str:
 
 def parallel(rows: Sequence[Row], best: set[str], metrics: Sequence[str]) -> str:
     """A line a trial through the settings that differ, and what it measured."""
-    shown = [(i, row) for i, row in enumerate(rows) if _has(row, *metrics)]
+    shown = [(i, row) for i, row in enumerate(rows) if has(row, *metrics)]
     names = dict.fromkeys(name for row in rows for name in row["settings"])
     settings = {name: [row["settings"].get(name) for _, row in shown] for name in names}
     axes = {name: values for name, values in settings.items() if len({str(v) for v in values if v is not None}) > 1}
@@ -76,8 +79,8 @@ def curves(
     known = [(step, log(value)) for line in lines for step, value in line]
     across = _scale([0.0, *(step for step, _ in known)], LEFT, WIDTH - RIGHT, room=0.02)
     up = _scale([value for _, value in known], HEIGHT - BOTTOM, TOP)
-    steps = _round_steps(max(step for step, _ in known))
-    parts = _frame([], [value for _, value in known], across, up, "steps", y)
+    steps = _round(0, max(step for step, _ in known), least=0)
+    parts = _frame([], _ticks([value for line in lines for _, value in line]), across, up, "steps", y)
     parts += [
         f'<text x="{across(s):.1f}" y="{HEIGHT - BOTTOM + 18:g}" text-anchor="middle">{s:,.0f}</text>' for s in steps
     ]
@@ -118,7 +121,8 @@ def past(row: Row) -> list[str]:
     ]
 
 
-def _has(row: Row, *names: str) -> bool:
+def has(row: Row, *names: str) -> bool:
+    """Whether a trial has measured these."""
     return all(row["metrics"].get(name) is not None and math.isfinite(row["metrics"][name]) for name in names)
 
 
@@ -140,29 +144,34 @@ def _scale(values: Sequence[float], start: float, end: float, room: float = 0.06
     return lambda value: start + (end - start) * (value - low + spare) / (high - low + 2 * spare)
 
 
-def _frame(xs: Sequence[float], ys: Sequence[float], across: Scale, up: Scale, x: str, y: str) -> list[str]:
-    """Names and ticks of both axes, of logarithms."""
+def _frame(xs: Sequence[Tick], ys: Sequence[Tick], across: Scale, up: Scale, x: str, y: str) -> list[str]:
+    """Names and ticks of both axes."""
     right, low = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = [f'<text x="{(LEFT + right) / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x)}</text>']
     middle = (TOP + low) / 2
     parts.append(
         f'<text x="14" y="{middle:g}" text-anchor="middle" transform="rotate(-90 14 {middle:g})">{escape(y)}</text>'
     )
-    for value in _decades(xs):
-        at = across(value)
+    for place, value in xs:
+        at = across(place)
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP:g}" y2="{low:g}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{low + 18:g}" text-anchor="middle">{math.exp(value):.3g}</text>')
-    for value in _decades(ys):
-        at = up(value)
+        parts.append(f'<text x="{at:.1f}" y="{low + 18:g}" text-anchor="middle">{value:.3g}</text>')
+    for place, value in ys:
+        at = up(place)
         parts.append(f'<line class="axis" x1="{LEFT:g}" x2="{right:g}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8:g}" y="{at + 4:.1f}" text-anchor="end">{math.exp(value):.3g}</text>')
+        parts.append(f'<text x="{LEFT - 8:g}" y="{at + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     return parts
+
+
+def _ticks(values: Sequence[float]) -> list[Tick]:
+    """Round numbers on the scale of these values."""
+    if log_if_positive(values) is math.log:
+        return [(at, math.exp(at)) for at in _decades([math.log(value) for value in values])]
+    return [(at, at) for at in _round(min(values), max(values))]
 
 
 def _decades(values: Sequence[float]) -> list[float]:
     """Logarithms of round numbers in a range of logarithms, or its ends."""
-    if not values:
-        return []
     low, high = min(values), max(values)
     for digits in ((1.0, 10.0), (1, 2, 5, 10), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9, 10)):
         powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
@@ -172,10 +181,10 @@ def _decades(values: Sequence[float]) -> list[float]:
     return [low, high] if high - low > 1e-6 else [low]
 
 
-def _round_steps(last: int) -> list[int]:
-    """0, and multiples of 1, 2 or 5 tens, hundreds, …: at most seven."""
-    gap = next(g * 10**power for power in range(19) for g in (1, 2, 5) if last <= 6 * g * 10**power)
-    return list(range(0, last + 1, gap))
+def _round(low: float, high: float, least: int = -9) -> list[float]:
+    """Multiples of 1, 2 or 5 of a power of ten, 10^least or more, in a range: at most seven."""
+    gap = next(g * 10.0**power for power in range(least, 19) for g in (1, 2, 5) if high - low <= 6 * g * 10.0**power)
+    return [gap * n for n in range(math.ceil(low / gap), math.floor(high / gap) + 1)] or [low, high]
 
 
 def _numbers(values: Sequence[Any]) -> bool:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Metrics = Mapping[str, float | None]
 Point = tuple[float, float]
-HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "l2_ratio", "ce_recovered", "top1_agreement")
+HIGHER_IS_BETTER = ("explained_variance", "cosine_similarity", "ce_recovered", "top1_agreement")
+ONE_IS_BEST = ("l2_ratio", "relative_reconstruction_bias")
 SMALL = 1e-9
 NEAR = 0.05
 CLEAR = 0.1
@@ -29,11 +30,18 @@ CLEAR = 0.1
 
 
 def cost(name: str, metrics: Metrics) -> float:
-    """A metric as something to make small; infinite where it has no finite value."""
+    """A metric as something to make small, |log| of ratios that should be 1; infinite where it has no finite value."""
     value = metrics.get(name)
     if value is None or not math.isfinite(value):
         return math.inf
+    if name in ONE_IS_BEST:
+        return abs(math.log(value)) if value > 0 else math.inf
     return -value if name in HIGHER_IS_BETTER else value
+
+
+def is_error(name: str) -> bool:
+    """Whether a metric is the better the smaller it is."""
+    return name not in (*HIGHER_IS_BETTER, *ONE_IS_BEST)
 
 
 def points_of(x: str, y: str, measured: Iterable[Metrics]) -> list[Point]:
@@ -85,6 +93,11 @@ def excesses(points: Sequence[Point]) -> list[float]:
         return y - (interpolate(line[after - 1], line[after], x) if after < len(line) else line[-1][1])
 
     return [excess(i) for i in range(len(points))]
+
+
+def log_if_positive(values: Iterable[float]) -> Callable[[float], float]:
+    """The logarithm, where all values have one; else they stay as they are."""
+    return math.log if min(values) > 0 else float
 
 
 def log(value: float) -> float:

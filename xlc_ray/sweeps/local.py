@@ -10,6 +10,7 @@ from xlc_ray.sweeps.board import Board
 from xlc_ray.sweeps.rank import Task, TrialRank
 from xlc_ray.sweeps.search import Group
 from xlc_ray.training import Diverged, loop
+from xlc_ray.training.saving import Stop
 
 
 def run_group(board: Board, group: Group) -> None:
@@ -50,8 +51,11 @@ def _train(board: Board, tasks: list[Task]) -> None:
 def _advance(board: Board, rank: TrialRank) -> None:
     step, found = rank.advance()
     for name, said in found.items():
-        if isinstance(said, Diverged):
-            board.diverged(name, str(said))
-    came = {name: said for name, said in found.items() if not isinstance(said, Diverged)}
+        match said:
+            case Diverged():
+                board.diverged(name, str(said))
+            case Stop():
+                board.asked_to_stop(name, step)
+    came = {name: said for name, said in found.items() if not isinstance(said, Exception)}
     on = board.reached(step, came)
     rank.leave(set(came) - set(on))

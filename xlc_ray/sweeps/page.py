@@ -84,14 +84,13 @@ def _drawings(
     x: str,
     y: str,
 ) -> list[str]:
-    measured = [row for row in rows if row["metrics"].get(x) is not None and row["metrics"].get(y) is not None]
-    if not measured:
+    if not any(drawing.has(row, x, y) for row in rows):
         return ["<p>Nothing was measured yet.</p>"]
     found = [
         _figure(
             drawing.frontier(rows, best, x, y),
-            f"{y} against {x} on held-out tokens, both logarithmic. Filled: trials on the frontier; rings: stopped "
-            "early. Settings appear on hover, and the trial is marked in all drawings.",
+            f"{y} against {x} on held-out tokens, logarithmic where all values are above 0. Filled: trials on the "
+            "frontier; rings: stopped early. Settings appear on hover, and the trial is marked in all drawings.",
         ),
         "<h2>Settings</h2>",
         _figure(

@@ -24,6 +24,7 @@ from xlc_ray.evaluation.reconstruction import evaluate_reconstruction
 from xlc_ray.evaluation.replacement import evaluate_replacement
 from xlc_ray.evaluation.run import held_out_batches, held_out_windows
 from xlc_ray.training import Diverged, logs, loop
+from xlc_ray.training.saving import Stop, asked_to_stop
 from xlc_ray.training.together import Run, Together
 
 PREFIX = "held_out/"
@@ -78,7 +79,12 @@ class TrialRank:
         self.models: LanguageModel | ModelPair | None = None
         runs = {
             task.name: Run(
-                task.config, task.stops, partial(announce, task.name), partial(self.measure, task), self._said(task)
+                task.config,
+                task.stops,
+                partial(announce, task.name),
+                partial(self.measure, task),
+                partial(asked_to_stop, task.config.out),
+                self._said(task, shards),
             )
             for task in tasks
         }
@@ -94,19 +100,19 @@ class TrialRank:
         """The trials that are left."""
         return self.together.names
 
-    def advance(self) -> tuple[int, dict[str, Found | Diverged]]:
+    def advance(self) -> tuple[int, dict[str, Found | Diverged | Stop]]:
         """Train to the next stop: its step, and what each trial that came to it measured there, or what ended it."""
         said = self.together.advance()
-        return self.together.step, {n: e if isinstance(e, Diverged) else held_out(e) for n, e in said.items()}
+        return self.together.step, {n: e if isinstance(e, Exception) else held_out(e) for n, e in said.items()}
 
-    def _said(self, task: Task) -> dict[int, dict[str, Any]]:
+    def _said(self, task: Task, shards: Shards) -> dict[int, dict[str, Any]]:
         """What it said at stops of an earlier session. Where its newest checkpoint is of a stop that no line tells of,
         because another job wrote it or the line was lost, it is measured now."""
         out, lines = task.config.out, logs.read(task.config.out)
         known = {line["step"]: line for line in lines if line["step"] in task.stops and held_out(line)}
-        for step in checkpoint.steps(out)[-1:]:
-            if step in task.stops and step not in known:
-                known[step] = self.measure(task, checkpoint.load_dictionary(out, step)[0].to(self.device))
+        step = checkpoint.newest(out, shards)
+        if step in task.stops and step not in known:
+            known[step] = self.measure(task, checkpoint.load_dictionary(out, step)[0].to(self.device))
         return known
 
     def measure(self, task: Task, dictionary: Dictionary) -> Found:

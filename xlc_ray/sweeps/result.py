@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.config.errors import nearest
-from xlc_ray.sweeps import page
+from xlc_ray.sweeps import drawing, page
 from xlc_ray.sweeps.board import FILE, Row, read_rows
-from xlc_ray.sweeps.frontier import cost, interpolate, log, pareto, points_of
+from xlc_ray.sweeps.frontier import Point, cost, interpolate, is_error, log_if_positive, pareto, points_of
 from xlc_ray.sweeps.rank import MEASURED, PREDICTED
 from xlc_ray.training import logs
 
@@ -33,8 +33,9 @@ class Best:
     at: dict[str, float]
     """Where: as asked for; of how = nearest, that of the trial."""
     how: str
-    """measured, interpolated (between two trials of the frontier, linear in logarithms) or nearest (the frontier does
-    not reach as far as asked)."""
+    """measured, interpolated (on the straight line between two trials of the frontier; over the logarithm of where they
+    lie, and of the metric if it is an error, as far as values are above 0) or nearest (the frontier does not reach as
+    far as asked)."""
     metrics: dict[str, float]
     """All that the trial measured."""
 
@@ -54,7 +55,8 @@ class Sweep:
 
     def frame(self) -> pd.DataFrame:
         """One row a trial: trial, state, step, its settings by dotted path, its metrics on held-out tokens at its last
-        stop, out, error. A setting that a trial does not have is missing there."""
+        stop, out, error. A setting that a trial does not have is missing there; one that is a list or a mapping is its
+        text."""
         import pandas as pd
 
         rows = self.rows()
@@ -68,7 +70,8 @@ class Sweep:
         ]
         settings = dict.fromkeys(path for row in rows for path in row.settings)
         columns = ["trial", "state", "step", *settings, *names, "out", "error"]
-        return pd.DataFrame(found, columns=columns)
+        whole = {path: "Int64" for path in settings if _has_gaps([row.settings.get(path) for row in rows])}
+        return pd.DataFrame(found, columns=columns).astype(whole)
 
     def lineage(self, trial: str) -> pd.DataFrame:
         """Under which settings the parameters of a trial were trained: a row a stretch of steps, `begin` to `end`, with
@@ -88,19 +91,20 @@ class Sweep:
 
     def pareto(self, x: str = "l0", y: str = "fvu") -> pd.DataFrame:
         """The rows of the frame that no other equals or beats in both metrics, by rising x; of l0 and fvu none with
-        fvu ≥ 1."""
+        fvu ≥ 1, and none that failed."""
         _check(x, y)
-        points = points_of(x, y, (row.metrics for row in self.rows()))
+        points = points_of(x, y, (row.judged for row in self.rows()))
         return self.frame().iloc[pareto(points)].reset_index(drop=True)
 
     def best(self, metric: str = "fvu", at: Mapping[str, float] | None = None) -> Best:
-        """The trial with the best `metric`; with `at`, e.g. {"l0": 64}, at that value of another metric.
+        """The trial with the best `metric`, of those that did not fail; with `at`, e.g. {"l0": 64}, at that value of
+        another metric.
 
         Then it is read off the frontier of the two, which says how. Raises UserError where nothing was measured."""
         _check(metric, *(at or {}))
         if at is not None and len(at) != 1:
             raise UserError(f"at: {dict(at)}; give one metric and its value, such as {{'l0': 64}}")
-        rows = [row for row in self.rows() if math.isfinite(cost(metric, row.metrics))]
+        rows = [row for row in self.rows() if math.isfinite(cost(metric, row.judged))]
         if not rows:
             raise UserError(f"{self.out}: no trial has measured {metric} yet")
         if not at:
@@ -112,19 +116,23 @@ class Sweep:
         return self._at(line, metric, name, float(wanted))
 
     def _at(self, line: list[Row], metric: str, name: str, wanted: float) -> Best:
-        def x(row: Row) -> float:
-            return float(row.metrics[name] or 0.0)
+        def point(row: Row) -> Point:
+            return float(row.metrics[name] or 0.0), float(row.metrics[metric] or 0.0)
 
-        line = sorted(line, key=x)
-        nearest = min(line, key=lambda row: abs(log(x(row)) - log(wanted)))
-        below, above = [r for r in line if x(r) <= wanted], [r for r in line if x(r) >= wanted]
-        if x(nearest) == wanted:
+        line = sorted(line, key=point)
+        below = [row for row in line if point(row)[0] <= wanted][-1:]
+        above = [row for row in line if point(row)[0] >= wanted][:1]
+        found = [point(row) for row in (*below, *above)]
+        across = log_if_positive([wanted, *(x for x, _ in found)])
+        nearest = min((*below, *above), key=lambda row: abs(across(point(row)[0]) - across(wanted)))
+        if point(nearest)[0] == wanted:
             return self._best(nearest, metric, {name: wanted}, "measured")
-        if not (below and above):
-            return self._best(nearest, metric, {name: x(nearest)}, "nearest")
-        ends = [(log(x(row)), log(float(row.metrics[metric] or 0.0))) for row in (below[-1], above[0])]
-        value = math.exp(interpolate(ends[0], ends[1], log(wanted)))
-        return self._best(nearest, metric, {name: wanted}, "interpolated", value)
+        if len(found) == 1:
+            return self._best(nearest, metric, {name: point(nearest)[0]}, "nearest")
+        up = log_if_positive(y for _, y in found) if is_error(metric) else float
+        one, other = ((across(x), up(y)) for x, y in found)
+        value = interpolate(one, other, across(wanted))
+        return self._best(nearest, metric, {name: wanted}, "interpolated", math.exp(value) if up is math.log else value)
 
     def _best(self, row: Row, metric: str, at: dict[str, float], how: str, value: float | None = None) -> Best:
         found = {k: v for k, v in row.metrics.items() if v is not None}
@@ -132,16 +140,20 @@ class Sweep:
 
     def plot(self, path: str, x: str = "l0", y: str = "fvu") -> str:
         """Write the sweep's page to `path`, and return that: the frontier of two metrics, the settings, the learning
-        curves and a table, in one file. To a path that ends in .svg: the frontier alone."""
+        curves and a table, in one file. To a path that ends in .svg: the frontier alone; raises UserError where nothing
+        was measured."""
         _check(x, y)
-        rows, best = self.rows(), set(self.pareto(x, y)["trial"])
+        rows, best = [asdict(row) for row in self.rows()], set(self.pareto(x, y)["trial"])
         if path.endswith(".svg"):
-            files.write_bytes(path, page.picture([asdict(row) for row in rows], best, x, y).encode())
+            if not any(drawing.has(row, x, y) for row in rows):
+                raise UserError(
+                    f"{self.out}: no trial has measured {x} and {y} yet; a path that ends in .html shows all"
+                )
+            files.write_bytes(path, page.picture(rows, best, x, y).encode())
             return path
         summary = files.read_mapping(files.join(self.out, FILE))
-        lines = [_unexplained(files.join(self.out, row.out)) for row in rows]
-        text = page.report(self.out, summary, [asdict(row) for row in rows], lines, best, x, y)
-        files.write_bytes(path, text.encode())
+        lines = [_unexplained(files.join(self.out, row["out"])) for row in rows]
+        files.write_bytes(path, page.report(self.out, summary, rows, lines, best, x, y).encode())
         return path
 
 
@@ -157,4 +169,10 @@ def _check(*names: str) -> None:
 
 
 def _cell(value: Any) -> Any:
-    return str(list(value)) if isinstance(value, list | tuple) else value
+    return str(list(value)) if isinstance(value, list | tuple) else str(value) if isinstance(value, dict) else value
+
+
+def _has_gaps(values: list[Any]) -> bool:
+    """Whether all are whole numbers, but for some that are missing."""
+    there = [value for value in values if value is not None]
+    return 0 < len(there) < len(values) and all(type(value) is int for value in there)

@@ -12,7 +12,8 @@ from xlc_ray.config import UserError
 from xlc_ray.config.sweep import Axis, SweepConfig
 from xlc_ray.sweeps.board import DONE, Board, Row
 from xlc_ray.sweeps.frontier import cost
-from xlc_ray.sweeps.space import TRIES, Changes, Trial, make, name_of, rounded, walk
+from xlc_ray.sweeps.names import name_of
+from xlc_ray.sweeps.space import TRIES, Changes, Trial, least, make, rounded, walk
 
 CASES = "cases"
 Group = tuple[Trial, ...]
@@ -75,7 +76,7 @@ class Listed:
 class Proposals:
     """Optuna's, by a tree-structured Parzen estimator: of two goals, l0 and fvu, where the metric is the frontier."""
 
-    def __init__(self, sweep: SweepConfig, board: Board, before: Mapping[str, Row]):
+    def __init__(self, sweep: SweepConfig, board: Board, before: Mapping[str, Row], limit: int | None = None):
         try:
             import optuna
         except ImportError:
@@ -89,8 +90,7 @@ class Proposals:
         self.study = optuna.create_study(directions=["minimize"] * len(self.goals), sampler=sampler)
         self.asked: dict[str, Any] = {}
         self.unfinished: set[str] = set()
-        wanted = min(sweep.search.num_samples or 0, sweep.search.max_trials or math.inf)
-        self.left = int(wanted)
+        self.left = least(sweep.search.num_samples, sweep.search.max_trials, limit) or 0
         for row in before.values():
             self._recall(row, before)
         self.left = max(0, self.left)
@@ -112,23 +112,30 @@ class Proposals:
         self.study.add_trial(found)
 
     def next(self) -> Group | None:
-        """Ask until a point comes that no trial has; after many repeats the space counts as used up."""
+        """Ask until a point comes that no trial has, and whose settings fit together; after many others the space
+        counts as used up."""
         for _ in range(TRIES if self.left else 0):
             asked = self.study.ask()
             changes = self._point(asked)
             name = name_of(self.sweep, changes)
-            if name in self.board.rows and name not in self.unfinished:
+            trial = None if name in self.board.rows and name not in self.unfinished else self._made(changes, name)
+            if trial is None:
                 self.study.tell(asked, state=self.optuna.trial.TrialState.FAIL)
                 continue
             self.left -= 1
             self.asked[name] = asked
-            trial = make(self.sweep, changes, name)
             if name not in self.unfinished:
                 self.board.add(trial)
             self.unfinished.discard(name)
             return (trial,)
         self.left = 0
         return None
+
+    def _made(self, changes: Changes, name: str) -> Trial | None:
+        try:
+            return make(self.sweep, changes, name)
+        except UserError:  # between corners, all of which do fit
+            return None
 
     def tell(self, row: Row) -> None:
         asked, (values, state, constraints) = self.asked.pop(row.trial), self._answer(row)
@@ -139,7 +146,7 @@ class Proposals:
     def _answer(self, row: Row) -> tuple[list[float] | None, Any, dict[str, float]]:
         """Values of the goals, how the trial ended, and constraints (kept at 0 and below). Of l0 and fvu one holds: a
         dictionary without active features, sparser than all, must not draw the search."""
-        values = [cost(goal, row.metrics) for goal in self.goals]
+        values = [cost(goal, row.judged) for goal in self.goals]
         if not all(map(math.isfinite, values)):
             return None, self.optuna.trial.TrialState.FAIL, {}
         constraints = {"fvu below 1": values[1] - 1} if len(values) == 2 else {}

@@ -7,11 +7,9 @@ axis may change what an earlier one set, and its `when` sees what the earlier on
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +20,15 @@ from xlc_ray import files
 from xlc_ray.config import Config, UserError, apply_overrides
 from xlc_ray.config.sources import LiveSource
 from xlc_ray.config.sweep import Axis, SweepConfig
+from xlc_ray.sweeps.names import name_of, short_hash
+from xlc_ray.training import loop
 
 Changes = dict[str, Any]
 Choose = Callable[[str, Axis], tuple[Any, ...]]
 """(path, axis) → the values to take there, in order."""
-LONGEST_NAME = 96
 MOST_CORNERS = 50_000
+INDIFFERENT = tuple(path for path in loop.FREE if path not in ("cluster", "evaluate"))
+"""Settings that decide no trial's result. How a trial is measured is part of that, and where it runs of what it is."""
 TRIES = 100
 """Draws for each sample that is wanted, before a space counts as used up."""
 
@@ -65,21 +66,22 @@ class Trial:
         return self.workers * cluster.gpus_per_worker + self.models * cluster.gpus_per_model
 
 
-def trials(sweep: SweepConfig) -> list[Trial]:
-    """All trials of a grid or random search, in order; none of a search that decides as it goes. Raises UserError, with
-    the point, on settings that do not fit together or that come twice, and on an axis that applies nowhere."""
+def trials(sweep: SweepConfig, limit: int | None = None) -> list[Trial]:
+    """The first `limit` trials of a grid or random search, in order; none of a search that decides as it goes. Raises
+    UserError, with the point, on settings that do not fit together or that come twice, and on an axis that applies
+    nowhere."""
     _check_conditions(sweep)
     if sweep.search.kind == "optuna":
         return []
     every = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
     points = every if sweep.search.kind == "grid" else _draws(sweep)
-    chosen = list(itertools.islice(points, sweep.search.max_trials))
+    chosen = list(itertools.islice(points, least(sweep.search.max_trials, limit)))
     names = [name_of(sweep, point) for point in chosen]
     if sweep.pbt:  # settings change, names do not
         names = [f"member_{i:0{len(str(len(chosen) - 1))}}" for i in range(len(chosen))]
     found = [
-        make(sweep, point, name if names.count(name) == 1 else f"{name}-{_hash(repr(point))}")
-        for point, name in zip(chosen, names, strict=True)
+        make(sweep, point, f"{name}-{short_hash(repr(point))}" if name in names[:i] else name)
+        for i, (point, name) in enumerate(zip(chosen, names, strict=True))
     ]
     seen: dict[str, Trial] = {}
     for trial in found:
@@ -87,6 +89,11 @@ def trials(sweep: SweepConfig) -> list[Trial]:
         if twin is not trial:
             raise UserError(f"space: {trial.changes} repeats the settings of {twin.changes}")
     return found
+
+
+def least(*limits: int | None) -> int | None:
+    """The smallest of those that are given."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def make(sweep: SweepConfig, changes: Changes, name: str) -> Trial:
@@ -98,12 +105,21 @@ def make(sweep: SweepConfig, changes: Changes, name: str) -> Trial:
 
 
 def corners(sweep: SweepConfig) -> list[Trial]:
-    """Each combination of choices and ends of ranges, validated. Raises UserError with the first that is wrong."""
+    """Each combination of choices and ends of ranges, validated. Raises UserError with the first that is wrong, and on
+    a range of fractions for a whole number."""
     points = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
     found = list(itertools.islice(points, MOST_CORNERS + 1))
     if len(found) > MOST_CORNERS:
         raise UserError(f"space: more than {MOST_CORNERS:,} corners, too many to check; give fewer axes or choices")
-    return [make(sweep, point, name_of(sweep, point)) for point in found]
+    made = [make(sweep, point, name_of(sweep, point)) for point in found]
+    for path, axis in sweep.space.items():
+        there = next((trial for trial in made if path in trial.changes), None)
+        broken = there and axis.kind in ("uniform", "loguniform")
+        if broken and isinstance(lookup(there.config.model_dump(), path), int):
+            raise UserError(
+                f"space.{path}: {axis.kind} gives fractions, the setting is a whole number; allowed: randint, choice"
+            )
+    return made
 
 
 def walk(sweep: SweepConfig, cases: range | list[int], choose: Choose) -> Iterator[Changes]:
@@ -151,9 +167,14 @@ def _section_type(name: str) -> TypeAdapter[Any]:
 
 
 def _check_conditions(sweep: SweepConfig) -> None:
-    """Of axes whose `when` no range decides: each applies somewhere."""
-    ranges = {path for path, axis in sweep.space.items() if not axis.values}
-    left = {path for path, axis in sweep.space.items() if axis.when and not ranges & axis.when.keys()}
+    """Of axes whose `when` no range decides, nor an axis that hangs on one: each applies somewhere."""
+    left, loose = set(), []
+    for path, axis in sweep.space.items():
+        hangs = any(within(asked, loose) for asked in axis.when)
+        if hangs or not axis.values:
+            loose.append(path)
+        if axis.when and not hangs:
+            left.add(path)
     points = walk(sweep, range(len(sweep.cases)), lambda _, axis: axis.extremes)
     for _ in range(MOST_CORNERS if left else 0):
         if (point := next(points, None)) is None:
@@ -161,6 +182,11 @@ def _check_conditions(sweep: SweepConfig) -> None:
             raise UserError(f"space.{path}.when: {sweep.space[path].when} holds nowhere, so that the axis never varies")
         if not (left := left - point.keys()):
             return
+
+
+def within(path: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted path is one of these, or inside."""
+    return any(f"{path}.".startswith(f"{section}.") for section in sections)
 
 
 def lookup(tree: Any, path: str) -> Any:
@@ -202,21 +228,41 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _draws(sweep: SweepConfig) -> Iterator[Changes]:
-    """Samples that differ, each once at every point of the grid axes."""
+    """Samples that differ, each once at every point of the grid axes; without points whose settings do not fit
+    together."""
     rng = np.random.default_rng(sweep.search.seed)
     wanted, seen = sweep.search.num_samples or 0, set()
-    taken = 0
+    taken, refused = 0, ""
     for _ in range(TRIES * wanted):
         if taken == wanted:
             return
-        case = [int(rng.integers(len(sweep.cases)))] if sweep.cases else range(0)
-        points = list(walk(sweep, case, lambda _, axis: axis.grid or (draw(axis, rng),)))
-        fresh = [point for point in points if repr(sorted(point.items())) not in seen]
-        seen |= {repr(sorted(point.items())) for point in fresh}
+        fresh = []
+        for point in _sample(sweep, rng):
+            if (key := repr(sorted(point.items()))) in seen:
+                continue
+            seen.add(key)
+            try:
+                _config(sweep, point)
+                fresh.append(point)
+            except UserError as error:
+                refused = f"; {error}"
         taken += bool(fresh)
         yield from fresh
     if taken < wanted:
-        raise UserError(f"search.num_samples: {wanted}, but the space holds {taken} different points")
+        raise UserError(f"search.num_samples: {wanted}, but the space holds {taken} different points{refused}")
+
+
+def _sample(sweep: SweepConfig, rng: np.random.Generator) -> list[Changes]:
+    """One draw of every axis, at each point of the grid axes."""
+    drawn: Changes = {}
+
+    def choose(path: str, axis: Axis) -> tuple[Any, ...]:
+        if not axis.grid and path not in drawn:
+            drawn[path] = draw(axis, rng)
+        return axis.grid or (drawn[path],)
+
+    case = [int(rng.integers(len(sweep.cases)))] if sweep.cases else range(0)
+    return list(walk(sweep, case, choose))
 
 
 def _config(sweep: SweepConfig, changes: Changes) -> Config:
@@ -228,47 +274,6 @@ def _config(sweep: SweepConfig, changes: Changes) -> Config:
 
 
 def _identity(config: Config) -> str:
-    return config.model_dump_json(exclude={"out"})
-
-
-# ---------------------------------------------------------------- names
-
-
-def name_of(sweep: SweepConfig, changes: Changes) -> str:
-    """What differs at this point: last names of paths, kinds of sections. Long ones are cut and end with a hash."""
-    options = {path: list(axis.values or ()) for path, axis in sweep.space.items()}
-    for case in sweep.cases:
-        for path, value in case.items():
-            options.setdefault(path, []).append(value)
-    lasts = [path.rsplit(".", 1)[-1] for path in options]
-    parts = []
-    for path, value in changes.items():
-        last = path.rsplit(".", 1)[-1]
-        label = last if lasts.count(last) == 1 else path
-        told = len({repr(v) for v in options[path]}) > 1 or len(sweep.cases) > len(options[path])
-        if path in sweep.space or (told and not path.startswith("cluster.")):
-            parts += _section(value, options[path]) if isinstance(value, dict) else [f"{label}={_plain(value)}"]
-    name = re.sub(r"[^\w.,=+-]", "_", ",".join(parts)) or "base"
-    if len(name) > LONGEST_NAME:
-        return f"{name[: LONGEST_NAME - 9]}-{_hash(name)}"
-    return name
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _section(value: dict[str, Any], options: list[Any]) -> list[str]:
-    """A section by its kind, and what sets it apart from the other options of that kind."""
-    kind = value.get("kind")
-    alike = [o for o in options if isinstance(o, dict) and o.get("kind") == kind]
-    apart = [key for key in value if key != "kind" and any(o.get(key) != value[key] for o in alike)]
-    return ([str(kind)] if kind else []) + [f"{key}={_plain(value[key])}" for key in apart]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, list | tuple):
-        return "+".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Equal for runs that differ in nothing that decides their result."""
+    decisive = flatten(config.model_dump(mode="json")).items()
+    return repr({path: value for path, value in decisive if not within(path, INDIFFERENT)})

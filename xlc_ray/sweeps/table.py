@@ -5,6 +5,7 @@ batchtopk,k=32,lr=0.002    300/300   fvu 0.1787   l0 25.9   finished
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -24,12 +25,13 @@ class Table:
 
     def __call__(self, row: Row, rows: Sequence[Row]) -> None:
         self.width = max(len(one.trial) for one in rows)
-        told = row.state in DONE or moved(row)
+        told = row.state in DONE or moved(row) != ""
         if self.terminal:
             running = [one for one in rows if one.state == "running"]
-            shown = [row, *running] if told else running
+            columns = shutil.get_terminal_size().columns  # a line that wraps is more than is drawn over
+            shown = [self.line(row)] * told + [self.line(one)[:columns] for one in running]
             back = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
-            self.stream.write(back + "".join(f"{self.line(one)}\n" for one in shown))
+            self.stream.write(back + "".join(f"{line}\n" for line in shown))
             self.drawn = len(running)
         elif told or (row.metrics and row.step != self.said.get(row.trial)):
             self.said[row.trial] = row.step

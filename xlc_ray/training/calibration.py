@@ -1,10 +1,12 @@
-"""The start of b_dec, from a sample of training rows in the dictionary's units.
+"""The start of b_dec, from a sample of training rows in the dictionary's units, one site after another.
 
 mean              ȳ
 geometric_median  argmin_m Σ ‖y_b - m‖ for each site, by Weiszfeld's iteration
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,12 +16,12 @@ from xlc_ray.dictionary import Dictionary
 
 
 @torch.no_grad()
-def start_bias(dictionary: Dictionary, y: Float[Tensor, "B W"], kind: str) -> None:
-    """Set b_dec from targets y; the same y on every rank gives the same b_dec."""
-    columns = dictionary.wiring.columns(dictionary.wiring.written_sites)
-    for where in columns.values():
-        site = y[:, where].double()
-        dictionary.b_dec[where] = (site.mean(dim=0) if kind == "mean" else geometric_median(site)).to(y.dtype)
+def start_bias(dictionary: Dictionary, rows: Callable[[str], Float[Tensor, "B d"]], kind: str) -> None:
+    """Set b_dec from the rows of each written site; the same rows on every rank give the same b_dec."""
+    d = dictionary
+    for site, where in d.wiring.columns(d.wiring.written_sites).items():
+        y = ((rows(site).to(d.b_dec) - d.write_mean[where]) / d.write_scale[where]).double()
+        d.b_dec[where] = (y.mean(dim=0) if kind == "mean" else geometric_median(y)).to(d.b_dec.dtype)
 
 
 def geometric_median(

@@ -65,6 +65,7 @@ class Shape:
 
     @property
     def numbers(self) -> int:
+        """Of a batch, over all sites."""
         return self.rows * sum(self.widths.values())
 
     def by_site(self, buffer: Tensor) -> dict[str, Tensor]:
@@ -155,9 +156,10 @@ def _next(
     batch = None if batches is None else next(batches)
     with torch.cuda.stream(side):
         if isinstance(batch, Mapping):
-            buffer = torch.cat([batch[site].reshape(-1) for site in shape.widths])
-            if side is not None:
-                buffer = buffer.pin_memory().to(device, non_blocking=True)
+            host = torch.empty(shape.numbers, dtype=shape.dtype, pin_memory=side is not None)
+            torch.cat([batch[site].reshape(-1) for site in shape.widths], out=host)
+            # torch hands out pinned memory that was given back only when copies from it have ended.
+            buffer = host.to(device, non_blocking=True)
         else:
             buffer = torch.empty(shape.numbers, dtype=shape.dtype, device=device)
             if batch is not None:

@@ -83,8 +83,8 @@ def _cost(config: Config, load: plan.Work) -> Iterator[str]:
     )
     if load.penalty:
         yield (
-            "penalty       reads all pre-activations, also where products are sparse: made once more, held with their "
-            "gradient, and the encoder's gradient is dense"
+            "penalty       reads all pre-activations, also where products are sparse: held with their gradient, and "
+            "the encoder's gradient is dense"
         )
     moved = load.number * load.parameters * (8 + load.clip)
     yield (

@@ -100,18 +100,15 @@ def _start_wandb(config: Config):
             "train.wandb: the package wandb is missing; pip install -e '.[wandb]' or set it to null"
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
-    name = files.name(config.out)
-    run = f"{name}-{config.seed}"
-    if settings.group:  # names of trials are long, and the same in many sweeps
-        run = hashlib.sha256(f"{config.out}-{config.seed}".encode()).hexdigest()[:16]
+    run = f"{config.out}-{config.seed}"  # whole: last names are the same in many directories and sweeps
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
         mode=settings.mode,
         dir=directory,
-        name=name,
+        name=files.name(config.out),
         group=settings.group,
-        id=run,
+        id=hashlib.sha256(run.encode()).hexdigest()[:16],
         resume="allow",
         reinit="create_new",  # several runs may share a process
         config=config.model_dump(mode="json"),

@@ -19,7 +19,7 @@ from xlc_ray.dictionary.build import build, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import Feed, Read, Reader, Shape, for_all_ranks, goes_packed, shared
 from xlc_ray.training.learner import Learner
-from xlc_ray.training.logs import Clock, Log
+from xlc_ray.training.logs import FILE, Clock, Log
 from xlc_ray.training.resampling import resample
 from xlc_ray.training.saving import Saved, Saving
 from xlc_ray.training.schedules import resampled_after
@@ -106,7 +106,7 @@ def prepare(config: Config) -> int | None:
                     f"{changed[2]!r}); choose another --out"
                 )
         else:
-            files.remove(files.join(config.out, "metrics.jsonl"))
+            files.remove(files.join(config.out, FILE))
         files.write_bytes(path, config.yaml().encode())
     return found[-1] if found else None
 
@@ -166,14 +166,15 @@ def train_by_steps(
     dictionary = build(config.dictionary, wiring, config.seed, shards)
     normalize_by(dictionary, config.dictionary.normalization, config.dictionary.wiring.kind, data.statistics())
     learner = Learner(dictionary.to(device), config)
-    found = checkpoint.steps(config.out)
-    if found:
-        learner.resume(config.out, found[-1])
+    found = checkpoint.newest(config.out, shards)
+    if found is not None:
+        learner.resume(config.out, found)
     elif config.dictionary.bias_init != "zeros":
         kept = order_for(config, data.kept_rows)
-        sample = source.first_rows(data, kept, wiring.sites, config.train.calibration_tokens)
-        y = dictionary.normalize_targets({site: v.to(device) for site, v in sample.items()})
-        start_bias(dictionary, y, config.dictionary.bias_init)
+        tokens = config.train.calibration_tokens
+        start_bias(
+            dictionary, lambda site: source.first_rows(data, kept, (site,), tokens)[site], config.dictionary.bias_init
+        )
     leader = shards.rank == 0 and shards.replica == 0
     log = Log(config) if leader else None
     try:

@@ -3,7 +3,7 @@
     encoder forward          2 Σ F R          FLOPs a token; F features, R read and W written width of a group
     encoder gradient         2 Σ n R          n features that products take in (F where they are dense)
     decoder, ∂f, ∂W_dec      2 Σ n W  each
-    penalty on all pre       4 Σ F R          where products are sparse: made once more, and a dense gradient
+    penalty on all pre       2 Σ F R          where products are sparse: a dense gradient
     optimizer                32 bytes a parameter and step (Adam, clipping included), 4 more for the gradient's norm
     communication            tensor parallel: ŷ once; replicas: the gradient once
     memory of a rank         16 bytes a parameter (weight, gradient, two moments), and a batch's activations; on CPUs
@@ -97,13 +97,12 @@ class Work:
 
     @property
     def flops(self) -> dict[str, float]:
-        """FLOPs of a token: `encode`, `products` (sparse) and `dense` ones."""
+        """FLOPs of a token: of encoders forward (`encode`), and of `sparse` and `dense` products besides."""
         found = {"encode": 0.0, "sparse": 0.0, "dense": 0.0}
         for g in self.groups:
-            again = 2 * g.features * g.read if self.penalty and g.sparse else 0  # dense products make all pre anyway
-            found["encode"] += 2 * g.features * g.read + again
+            found["encode"] += 2 * g.features * g.read
             found["sparse" if g.sparse else "dense"] += 2 * g.active * (3 * g.written + g.read)
-            found["dense"] += again
+            found["dense"] += 2 * g.features * g.read if self.penalty and g.sparse else 0
         return found
 
     def moments(self, own: int, tensor_parallel: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from xlc_ray import files
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.training.learner import Learner
 
@@ -14,6 +15,19 @@ Saved = Callable[[int, dict[str, Any]], None]
 
 class Stop(Exception):
     """Raised by `saved`, on every rank: training ends here, with a checkpoint of where it is."""
+
+
+REQUEST = "stop"
+"""A file in a run's directory by which another process asks for that."""
+
+
+def asked_to_stop(run_dir: str) -> bool:
+    """Whether somebody has, since this was last called."""
+    path = files.join(run_dir, REQUEST)
+    asked = files.exists(path)
+    if asked:
+        files.remove(path)
+    return asked
 
 
 class Saving:

@@ -22,6 +22,7 @@ from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
 from xlc_ray.training import loop
 from xlc_ray.training.feed import Reader, for_all_ranks
 from xlc_ray.training.learner import Batch, Diverged
+from xlc_ray.training.saving import Stop
 
 Line = dict[str, Any]
 
@@ -50,6 +51,8 @@ class Run:
     """Steps, besides the last, after which it pauses."""
     announce: Callable[[Line], None] = lambda metrics: None
     more: Callable[[Dictionary], dict[str, Any]] = lambda dictionary: {}
+    asked: Callable[[], bool] = lambda: False
+    """Whether it should end at its next checkpoint: asked on the first rank whenever one is complete."""
     known: Mapping[int, Line] = field(default_factory=dict)
     """What it said at stops of an earlier session: said again, without training, up to its newest checkpoint."""
 
@@ -63,7 +66,7 @@ class Together:
         """`reader`: of the run with the most steps. Runs go on from their newest checkpoints, and need not be equally
         far: the stream starts where the first of them stands."""
         self.step = 0
-        done = {name: (checkpoint.steps(run.config.out) or [0])[-1] for name, run in runs.items()}
+        done = {name: checkpoint.newest(run.config.out, shards) or 0 for name, run in runs.items()}
         longest = max((run.config for run in runs.values()), key=lambda config: config.train.steps)
         read = for_all_ranks(longest, data.dtype, reader, shards, device)
         start = min(done.values())
@@ -77,24 +80,25 @@ class Together:
         """The runs that are left."""
         return tuple(self._runs)
 
-    def advance(self) -> dict[str, Line | Diverged]:
-        """Train to the next step at which a run pauses, ends or diverges: what each of these has to say.
+    def advance(self) -> dict[str, Line | Diverged | Stop]:
+        """Train to the next step at which a run pauses, ends, diverges or was asked to stop: what each of these has to
+        say.
 
-        What ends or diverges leaves. Any other error is everybody's: ranks could not agree on who goes on."""
-        found: dict[str, Line | Diverged] = {}
+        What does not pause leaves. Any other error is everybody's: ranks could not agree on who goes on."""
+        found: dict[str, Line | Diverged | Stop] = {}
         assert self._runs, "somebody trains"
         while not found:
             self.step += 1
             for name, run in list(self._runs.items()):
                 try:
                     said = run.come_to(self.step)
-                except Diverged as error:  # by the gradients of all ranks: each of them finds it
+                except (Diverged, Stop) as error:  # by the gradients of all ranks, or the first's word: all find it
                     said = error
                 if said is not None:
                     found[name] = said
                 elif self.step == run.last:
                     raise RuntimeError(f"{run.run.config.out}: trained to its end, of which nothing is known")
-                if isinstance(said, Diverged) or self.step == run.last:
+                if isinstance(said, Exception) or self.step == run.last:
                     self.leave(name)
         return found
 
@@ -135,8 +139,12 @@ class _Going:
         def read(wiring: Wiring, first: int) -> Iterator[Batch]:
             return map(batches.of, range(first, self.last))
 
+        def saved(step: int, metrics: Line) -> None:
+            if step < self.last and shards.told(shards.first and run.asked()):
+                raise Stop
+
         self.parts = loop.train_by_steps(
-            run.config, data, shards, read, device, run.announce, lambda *_: None, run.stops, more=run.more
+            run.config, data, shards, read, device, run.announce, saved, run.stops, more=run.more
         )
 
     def come_to(self, step: int) -> Line | None:

@@ -1,0 +1,22 @@
+"""Where a run's metrics go."""
+
+from unittest.mock import MagicMock
+
+import pytest
+import wandb
+
+from xlc_ray.training import logs
+
+
+@pytest.mark.parametrize("group", [None, "sweep"])
+def test_runs_of_equal_last_names_are_different_runs_of_wandb(small_run, tmp_path, monkeypatch, group):
+    runs = []
+    monkeypatch.setattr(wandb, "init", lambda **given: runs.append(given) or MagicMock())
+    project = {"project": "tests", "group": group}
+    outs = [(str(tmp_path / folder / "sae"), seed) for folder, seed in (("a", 0), ("b", 0), ("a", 1), ("a", 0))]
+    for out, seed in outs:
+        logs.Log(small_run({"train.wandb": project, "out": out, "seed": seed}))
+    ids = [run["id"] for run in runs]
+    assert len(set(ids)) == 3
+    assert ids[3] == ids[0]  # one that is resumed
+    assert {run["name"] for run in runs} == {"sae"}
