@@ -19,6 +19,7 @@ from tests.cluster.prepared import LIVE, STORED, copy_sample, settings_of, tiny
 from tests.cluster.stage import EVERY, NODES, STEPS, Outcome, Stage, equal
 from tests.runs import SITES
 from xlc_ray.activations import store
+from xlc_ray.cluster.placement import nodes_now
 from xlc_ray.cluster.sweep import sweep
 from xlc_ray.config.sweep import sweep_of
 from xlc_ray.dictionary import checkpoint
@@ -61,6 +62,24 @@ def node_killed_without_spare(stage: Stage) -> Outcome:
     outcome = stage.outcome("node killed, none to spare: fewer replicas, then all", job, failed, made, recovered)
     assert "room for 2 x 1 workers" in job.output(), job.output()
     assert "nodes are back" in job.output(), job.output()
+    return outcome
+
+
+def nodes_missing_at_the_start(stage: Stage) -> Outcome:
+    """One node of three is there: a dictionary that two ranks should share begins on one, and goes on on two."""
+    stage.nodes.fill(NODES)
+    for node in stage.nodes.others[1:]:
+        stage.nodes.kill(node.node_id)
+    wait_for("two nodes to be missed", lambda: sum(node.cpus > 0 for node in nodes_now(free=False)) == 1)
+    job = stage.start("missing", tensor_parallel=2, placement="any", fallback_tensor_parallel=[1])
+    job.at_step(EVERY // 2)
+    failed = time.monotonic()
+    stage.nodes.fill(NODES)
+    wait_for("the first group's end", lambda: "nodes are back" in job.output(), job)
+    outcome = stage.outcome(
+        "nodes missing at the start: one rank instead of two, then two", job, failed, len(job.steps())
+    )
+    assert "room for 1 x 1 workers, not for the 1 x 2 workers wanted" in job.output(), job.output()
     return outcome
 
 
@@ -266,6 +285,7 @@ CASES: dict[str, Callable[[Stage], Outcome]] = {
         worker_killed,
         node_killed_with_spare,
         node_killed_without_spare,
+        nodes_missing_at_the_start,
         driver_killed,
         checkpoint_cut,
         store_away,

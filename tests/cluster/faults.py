@@ -23,6 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
+from ray.util.state.exception import RayStateApiException
+
 sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it must find the tests' other modules
 
 from tests.cluster import hosts
@@ -33,6 +36,10 @@ from tests.cluster.stage import Outcome, Stage
 
 KINDS: dict[str, type[Nodes]] = {"nodes": Nodes, "hosts": Hosts}
 """Clusters, by their name."""
+
+FAILURES = (AssertionError, RuntimeError, OSError, LookupError, ValueError, subprocess.SubprocessError, RayError,
+            RayStateApiException)  # fmt: skip
+"""What a case may end with. Mistakes of users and waits that were too long are a ValueError and an OSError."""
 
 
 def possible() -> list[str]:
@@ -46,7 +53,7 @@ def happened(names: list[str], nodes: type[Nodes]) -> Iterator[dict[str, Any]]:
         for name in names:
             try:
                 yield {"case": name} | asdict(CASES[name](stage))
-            except Exception:
+            except FAILURES:
                 failed = Outcome(name, recovered=False, parameters_equal=False, seconds_to_recover=0.0, steps_lost=0)
                 yield {"case": name} | asdict(failed) | {"error": traceback.format_exc()}
             stage.nodes.end_jobs()

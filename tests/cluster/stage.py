@@ -62,6 +62,10 @@ class Stage:
     def train(self, name: str, **cluster: object) -> Job:
         """A training job, once all nodes are there."""
         self.nodes.fill(NODES)
+        return self.start(name, **cluster)
+
+    def start(self, name: str, **cluster: object) -> Job:
+        """A training job on the nodes that are there."""
         return Job("train", self.config(name, **cluster), self.nodes)
 
     def outcome(self, failure: str, job: Job, failed: float, made: int, recovered: float | None = None) -> Outcome:

@@ -221,6 +221,8 @@ def ask(nodes: Sequence[Node], paths: Sequence[str]) -> dict[str, Facts]:
         try:
             answer = ray.get(asked[node], timeout=ANSWER_SECONDS) if node in asked else facts(paths)
         except (GetTimeoutError, RayError) as error:
+            if node.id not in {other.id for other in nodes_now(free=False)}:
+                continue  # it has ended since
             raise UserError(
                 f"cluster: node {node.address} gives no answer in {ANSWER_SECONDS} s ({type(error).__name__})"
             ) from None
