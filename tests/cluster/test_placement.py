@@ -17,7 +17,7 @@ from tests.runs import settings_in
 from tests.sweeps.make import sweep_in
 from xlc_ray.activations.live import LiveStore
 from xlc_ray.activations.store import open_store
-from xlc_ray.cluster import live_sweep, placement, supervisor, sweep
+from xlc_ray.cluster import live_sweep, placement, supervisor, sweep, trial
 from xlc_ray.cluster.placement import (
     Layout,
     Node,
@@ -148,6 +148,15 @@ def test_the_first_layout_with_room_is_taken_and_a_larger_one_is_seen_when_nodes
 
 
 LIVE = {"kind": "live", "path": "/nowhere/live"}
+
+
+def test_a_trial_reserves_a_bundle_for_each_rank_and_language_model():
+    given = {"cpus_per_worker": 2, "gpus_per_worker": 1, "cpus_per_model": 1, "gpus_per_model": 0.5, "model_actors": 3}
+    stored = config(tensor_parallel=2, replicas=2, **given)
+    ranks = [{"CPU": 2, "GPU": 1}] * 4
+    assert trial.bundles(stored).bundles == ranks
+    assert trial.bundles(stored.override({"source": LIVE})).bundles == [*ranks, *[{"CPU": 1, "GPU": 0.5}] * 3]
+    assert trial.bundles(config()).bundles == [{"CPU": 1}], "a bundle of no GPU names none"
 
 
 def test_live_training_leaves_a_node_room_for_a_language_model(monkeypatch):

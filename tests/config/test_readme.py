@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import io
 import re
+import runpy
 import shlex
+import sys
+from unittest import mock
 
 import pytest
 
@@ -18,6 +24,44 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [
     line.split(" # ")[0] for kind, body in BLOCKS if not kind for line in body.splitlines() if "python jobs/" in line
 ]
+
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+
+
+@functools.cache
+def help_of(job: str, *section: str) -> str:
+    """What a job, run in this process, says to --help."""
+    path, known, said = str(ROOT / "jobs" / job), set(sys.modules), io.StringIO()
+    with (
+        mock.patch.multiple(sys, argv=[path, "--help", *section], path=[str(ROOT / "jobs"), *sys.path]),
+        mock.patch.object(sys, "excepthook"),
+        contextlib.redirect_stdout(said),
+        pytest.raises(SystemExit) as left,
+    ):
+        runpy.run_path(path, run_name="__main__")
+    for name in {file.stem for file in JOBS} - known:  # jobs import each other by such names
+        sys.modules.pop(name, None)
+    assert left.value.code == 0
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda file: file.name)
+def test_help_of_every_job_says_what_it_does(job):
+    """Pitfall 22: in argparse one % in the text of an option is enough for a crash."""
+    about = ast.get_docstring(ast.parse(job.read_text())).splitlines()[0]
+    assert about in " ".join(help_of(job.name).split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_a_command_is_in_the_help_of_its_job_or_a_setting(command):
+    words = shlex.split(command)
+    job = next(word for word in words if word.startswith("jobs/"))
+    for word in words[words.index(job) + 1 :]:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and not flag.endswith("…"):  # what a table cuts
+            section = flag.removeprefix("--").partition(".")[0]
+            helps = help_of(job.removeprefix("jobs/")) + help_of(job.removeprefix("jobs/"), section)
+            assert re.search(rf"(?<!\S)\[?{re.escape(flag)}(?![\w.-])", helps), f"{job} takes no {flag}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

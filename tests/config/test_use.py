@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import Literal, get_args, get_origin
 
@@ -32,6 +33,13 @@ NEUTRAL = {("replicas", "1")}
 def test_every_setting_is_read():
     known = READ | MATCHED | {"kind", *AXES}  # an axis knows its kind itself
     assert sorted({path for path, _, name, _ in everything() if name not in known}) == []
+
+
+def test_no_module_is_the_twin_of_another():
+    """Pitfall 28."""
+    twins = re.compile(r"_(old|new|v\d+|optimized|distributed)$")
+    assert twins.search("learner_v2")
+    assert [str(file) for file in SOURCES if twins.search(file.stem)] == []
 
 
 def test_every_kind_of_a_section_is_told_apart():

@@ -110,6 +110,27 @@ def test_at_inference_there_is_neither_noise_nor_temperature():
         assert row.tolist() == pytest.approx([-2 * v for v in z])
 
 
+def test_z_is_stretched_as_far_as_the_settings_say():
+    """Louizos 2017 with another γ and ζ than the default's: values, what is open, the expected L0, inference."""
+    gate, pre = hard_concrete(6, 0.4, 0.7, gamma=-0.25, zeta=1.4), make.random(40, 6)
+    u = uniform(key_of(0, 0, 1, 0), torch.arange(40).unsqueeze(1), torch.arange(6), torch.float64)
+
+    def z(s):
+        return (s * (1.4 + 0.25) - 0.25).clamp(0, 1)
+
+    want = z(torch.sigmoid((torch.log(u) - torch.log(1 - u) + 0.4) / 0.7))
+    assert {0.0, 1.0} < set(want.flatten().tolist())
+    torch.testing.assert_close(gate.activate(pre, 0, None), want * pre)
+    assert torch.equal(masks(gate, {0: pre})[0], want > 0)
+    assert gate.count([], None).item() == pytest.approx(6 / (1 + math.exp(-0.4 + 0.7 * math.log(0.25 / 1.4))))
+    gate.eval()
+    with torch.no_grad():
+        gate.alpha[0].copy_(torch.tensor([-3.0, -1.8, -1.6, 0.0, 1.0, 3.0]))  # σ(α) = 0.25 / 1.65 at -1.72
+    want = z(torch.sigmoid(gate.alpha[0])).expand(40, 6)
+    torch.testing.assert_close(gate.activate(pre, 0, None), want * pre)
+    assert torch.equal(masks(gate, {0: pre})[0], want > 0)
+
+
 @pytest.mark.parametrize(("kind", "start", "open_"), [("by_input", -3, False), ("both", -3, False), ("free", 0, True)])
 def test_gates_that_read_the_input_start_closed_and_free_ones_open(kind, start, open_):
     wires = wiring.sae(["a"], 4)

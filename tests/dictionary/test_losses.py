@@ -7,7 +7,7 @@ import torch
 
 from tests.dictionary import make
 from xlc_ray.config import dictionary as settings
-from xlc_ray.dictionary import Features, Shards, losses, wiring
+from xlc_ray.dictionary import Features, Shards, losses, nested, wiring
 from xlc_ray.dictionary.build import make_gate
 from xlc_ray.dictionary.encoding import DeadFeatures
 
@@ -155,7 +155,23 @@ def test_auxk_reconstructs_with_the_largest_dead_features_alone(gate, products):
 
 
 @pytest.mark.parametrize("products", ["dense", "sparse"])
-def test_rows_of_zeros_give_finite_gradients(products):
+def test_dead_features_that_tie_are_no_more_than_k(products):
+    """Pitfall 20 in AuxK: the first of them win the places that are left."""
+    wires, k = wiring.clt([0, 1], 4), 2
+    d = make.dictionary(wires, {"kind": "relu"}, products=products, features=24)
+    with torch.no_grad():
+        d.groups[0].W_enc[:5] = 0  # else products might differ in the last bit
+        d.groups[0].b_enc[:5] = 99
+    x = d.normalize_inputs(make.activations(wires, 9))
+    code = d.analyse(x, DeadFeatures([torch.arange(24) < 16] * 2, [16, 16], k))
+    tied, other = (f.dense() for f in code.revived)
+    assert [row.nonzero().flatten().tolist() for row in tied] == [[0, 1]] * 9
+    assert (other > 0).sum(dim=1).max() == k
+
+
+@pytest.mark.parametrize("prefixes", [None, [0.4, 1.0]])
+@pytest.mark.parametrize("products", ["dense", "sparse"])
+def test_rows_of_zeros_give_finite_gradients(products, prefixes):
     """Pitfall 18: d√0."""
     wires = wiring.clt([0, 1], 4)
     d = make.dictionary(wires, {"kind": "jumprelu", "threshold": 0.2}, products=products)
@@ -164,11 +180,13 @@ def test_rows_of_zeros_give_finite_gradients(products):
         d.groups[1].W_dec[3].zero_()
     x = d.normalize_inputs(make.activations(wires, 9))
     code = d.analyse(x, norms=True, pre=True)
-    (y_hat,), norms = d.decode_all([code.features], x, code.norms)
+    cuts = nested.cuts(prefixes, d.sizes, Shards()) if prefixes else None
+    y_hats, norms = d.decode_all([code.features], x, code.norms, cuts)
+    assert len(y_hats) == len(prefixes or [1])
     terms = [losses.l1(code.features, norms), losses.tanh(code.features, norms, 4.0)]
     terms += [
         losses.preactivation(code.pre, d.gate, norms),
-        losses.reconstruction(y_hat, 0 * d.b_dec + make.random(9, 8), None),
+        *(losses.reconstruction(y_hat, 0 * d.b_dec + make.random(9, 8), None) for y_hat in y_hats),
     ]
     sum(terms).backward()
     for name, p in d.named_parameters():

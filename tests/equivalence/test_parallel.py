@@ -39,7 +39,7 @@ def parallel(request, tmp_path_factory):
 
 
 def together(layout: str, folder: Path, which: str) -> tuple[list, int, dict]:
-    """What each rank found in each case, ranks a replica, and the collectives of each case's forward passes."""
+    """What each rank found in each case, ranks a replica, and the collectives of each case: forward passes, steps."""
     world, tp = LAYOUTS[layout]
     command = [sys.executable, "-m", "tests.equivalence.worker"]
     root = Path(__file__).parents[2]
@@ -62,10 +62,11 @@ def test_parallel_training_equals_one_process(reference, parallel, case):
 @pytest.mark.parametrize("layout", ["tp4", "tp2_dp2"])
 def test_every_gate_in_every_wiring(layout, tmp_path):
     want = alone("rest")
-    ranks, tp, forwards = together(layout, tmp_path, "rest")
+    ranks, tp, spoken = together(layout, tmp_path, "rest")
     for case in cases.SETS["rest"]:
         assert_equal(want[case], ranks, tp, case)
-        assert_speaks_twice_at_most(forwards[case], tp, len(ranks) // tp, case)
+        assert_speaks_twice_at_most(spoken[case][0], tp, len(ranks) // tp, case)
+        assert_a_step_adds_no_more_than_it_must(*spoken[case], tp, len(ranks) // tp, case)
 
 
 def assert_equal(reference: dict, ranks: list, tp: int, case: tuple[str, str]) -> None:
@@ -85,8 +86,8 @@ def assert_equal(reference: dict, ranks: list, tp: int, case: tuple[str, str]) -
 @pytest.mark.parametrize("case", cases.SETS["fast"], ids="-".join)
 def test_a_forward_pass_speaks_twice_at_most(parallel, case):
     """Pitfall 7: one all-reduce for the reconstruction, one small collective for thresholds."""
-    ranks, tp, forwards = parallel
-    assert_speaks_twice_at_most(forwards[case], tp, len(ranks) // tp, case)
+    ranks, tp, spoken = parallel
+    assert_speaks_twice_at_most(spoken[case][0], tp, len(ranks) // tp, case)
 
 
 def assert_speaks_twice_at_most(forwards: list, tp: int, replicas: int, case: tuple[str, str]) -> None:
@@ -100,6 +101,24 @@ def assert_speaks_twice_at_most(forwards: list, tp: int, replicas: int, case: tu
         assert counts["all_gather_into_tensor"] <= ("topk" in case[1])
         assert counts.total() == counts["all_reduce"] + counts["all_gather_into_tensor"]
         assert sizes.get("all_reduce", 0) <= codes * cases.ROWS * written
+
+
+@pytest.mark.parametrize("case", cases.SETS["fast"], ids="-".join)
+def test_a_step_adds_the_mean_of_gradients_one_small_sum_and_one_more_at_most(parallel, case):
+    """Pitfall 7 of backward, clipping, the update and metrics: 6 in all at most, 8 where metrics are measured."""
+    ranks, tp, spoken = parallel
+    assert_a_step_adds_no_more_than_it_must(*spoken[case], tp, len(ranks) // tp, case)
+
+
+def assert_a_step_adds_no_more_than_it_must(forwards, steps, tp: int, replicas: int, case: tuple[str, str]) -> None:
+    assert [measured for measured, _ in steps] == [i in (0, cases.STEPS - 1) for i in range(cases.STEPS)]
+    sparsity = (cases.GATES | cases.MORE_GATES)[case[1]][1].get("sparsity", {})
+    averaged = "target_l0" in sparsity or sparsity.get("kind") == "lp"  # over the global batch
+    threshold = case[1].startswith("topk") and replicas > 1  # of inference, where tokens compete by themselves
+    for (forward, _), (measured, calls) in zip(forwards, steps, strict=True):
+        least = forward.total() + (1 + measured) * ((tp > 1) + (replicas > 1))
+        assert least <= calls <= least + (averaged or threshold)
+        assert calls <= 6 + 2 * measured
 
 
 def test_the_cases_exercise_dead_features_and_clipping(reference):

@@ -13,6 +13,7 @@ from xlc_ray.cluster import convert as job
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint, wiring
 from xlc_ray.dictionary.gates import JumpReLU
+from xlc_ray.evaluation import convert
 from xlc_ray.evaluation.convert import conversion_table, convert_dictionary
 from xlc_ray.evaluation.thresholds import (
     HALF,
@@ -111,6 +112,16 @@ def test_l0_stays_within_the_tolerance(trained, name, per_feature):
     first = ["l0", "mlp_in.0", "mlp_in.1", "all", "nmse", "mlp_out.0", "mlp_out.1", "all", "thresholds:"]
     assert [line.split()[0] for line in lines if line] == first
     assert f"{report['l0']['after']:.3f}" in lines[3]
+
+
+def test_held_out_rows_come_in_batches_as_large_as_the_settings_say(trained, monkeypatch):
+    read, asked = convert.held_out_batches, []
+    monkeypatch.setattr(convert, "held_out_batches", lambda *given: asked.append(given[2:]) or read(*given))
+    config = trained("batchtopk").override({"evaluate.batch_tokens": 70, "evaluate.tokens": 150})
+    dictionary, rows = checkpoint.load_dictionary(config.out)[0], store.open_store(config.source.path)
+    report = convert_dictionary(dictionary, config, rows, rows, **NO_OPTIONS).report
+    assert set(asked) == {(70, 150)}
+    assert report["tokens"] == 150
 
 
 def test_a_target_is_shared_as_the_groups_share_it_now(trained):

@@ -12,7 +12,7 @@ from xlc_ray.activations.harvest import LanguageModel
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import Shards
 from xlc_ray.dictionary.build import build, make_wiring
-from xlc_ray.evaluation import evaluate, measure, table
+from xlc_ray.evaluation import evaluate, measure, run, table
 from xlc_ray.evaluation.held_out import held_out_batches, held_out_windows
 from xlc_ray.evaluation.report import write_report
 
@@ -53,6 +53,20 @@ def test_features_and_core_metrics_agree_with_the_evaluation(dictionary, config,
     assert found.core["sites"]["mlp_out.1"]["reconstruction_quality"]["cossim"] == site["cosine_similarity"]
     text = table(found.evaluation | {"ablated_features": ablated})
     assert f"group {ablated[0]['group']} feature {ablated[0]['feature']} " in text
+
+
+@pytest.mark.parametrize("size", [128, 100])
+def test_rows_come_in_batches_as_large_as_the_settings_say(dictionary, config, store, monkeypatch, size):
+    sizes = []
+
+    def noted(*args):
+        for batch in held_out_batches(*args):
+            sizes.append(len(batch["mlp_out.2"]))
+            yield batch
+
+    monkeypatch.setattr(run, "held_out_batches", noted)
+    evaluate(dictionary, config.override({"evaluate.windows": 0, "evaluate.batch_tokens": size}), store)
+    assert (max(sizes), sum(sizes)) == (size, 600)
 
 
 def test_ablation_needs_windows(dictionary, config, store):

@@ -22,7 +22,7 @@ from xlc_ray.cluster.sweep import dry_run, plan, sweep
 from xlc_ray.config import UserError
 from xlc_ray.config.sweep import load_sweep
 from xlc_ray.dictionary.checkpoint import load_dictionary, steps
-from xlc_ray.sweeps import local
+from xlc_ray.sweeps import local, rank
 from xlc_ray.sweeps.board import Board
 from xlc_ray.training import Learner, train_alone
 
@@ -64,6 +64,13 @@ def test_each_trial_is_the_run_that_training_it_alone_gives(written, tmp_path):
     measured = evaluation.evaluate(mine, config.override({"evaluate.windows": 0}), held_out)
     assert frame["fvu"][2] == pytest.approx(measured["fvu"], rel=1e-5)
     assert frame["l0"][2] == measured["l0"]
+
+
+def test_trials_are_measured_in_batches_as_large_as_the_settings_say(written, monkeypatch):
+    read, asked = rank.held_out_batches, []
+    monkeypatch.setattr(rank, "held_out_batches", lambda *given: asked.append(given[2:]) or read(*given))
+    sweep(written(changes={"evaluate.batch_tokens": 100, "evaluate.tokens": 150}), local=True)
+    assert set(asked) == {(100, 150)}
 
 
 def test_rungs_leave_a_checkpoint_and_their_measurements(written, tmp_path):

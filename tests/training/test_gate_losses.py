@@ -22,6 +22,8 @@ LAMBDA, STEP = 0.3, 10  # a step in the middle of the run, where β and p have m
 L1 = {"sparsity": {"kind": "l1", "coefficient": LAMBDA}}
 L0 = {"sparsity": {"kind": "l0", "coefficient": LAMBDA}}
 BETA = {"beta": 0.7, "final_beta": 0.3, "beta_hold": 0.0}
+HELD = 5
+"""Steps before p moves in `lp`: a quarter of the run."""
 CASES = {
     "gated": ({"kind": "gated", "auxiliary": 0.6}, L1),
     "by_input": ({"kind": "hard_concrete", "alpha": -0.4, **BETA}, L0),
@@ -29,7 +31,10 @@ CASES = {
     "both": ({"kind": "gated_hard_concrete", "auxiliary": 0.6, **BETA}, L0),
     "both_without": ({"kind": "gated_hard_concrete", "auxiliary": 0.0, **BETA}, L0),
     "to_target": ({"kind": "hard_concrete", **BETA}, {"sparsity": {**L0["sparsity"], "target_l0": 5.0}}),
-    "lp": ({"kind": "relu"}, {"sparsity": {**L1["sparsity"], "kind": "lp", "p_end": 0.4, "keep_strength": False}}),
+    "lp": (
+        {"kind": "relu"},
+        {"sparsity": {**L1["sparsity"], "kind": "lp", "p_end": 0.4, "p_hold": 0.25, "keep_strength": False}},
+    ),
     "gated_lp": ({"kind": "gated"}, {"sparsity": {**L1["sparsity"], "kind": "lp", "p_end": 0.4}}),
     "nested": ({"kind": "topk", "k": 2, "pool": "group"}, {"matryoshka": {"prefixes": [0.2, 0.5, 1.0]}}),
     "nested_sum": ({"kind": "gated"}, {**L1, "matryoshka": {"prefixes": [0.3, 1.0], "combine": "sum"}}),
@@ -115,7 +120,8 @@ def plain_loss(case: str, learner: Learner, batch) -> torch.Tensor:
                 frozen[site] = frozen[site] + (mine @ d.W_skip[g].T).detach()
         kind = loss.get("sparsity", {}).get("kind")
         if kind == "lp":
-            power = 1 - 0.6 * STEP / (cases.STEPS - 1)
+            held = HELD if case == "lp" else 0
+            power = 1 - 0.6 * (STEP - held) / (cases.STEPS - 1 - held)
             plain.append((penal * norm).sum())
             penalties.append(((penal * norm + 1e-6) ** power - 1e-6**power).sum())
         elif kind:

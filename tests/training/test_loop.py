@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.runs import Interrupted, final_state, interrupt_at
 from xlc_ray import files
+from xlc_ray.activations import source
 from xlc_ray.config import UserError
 from xlc_ray.dictionary import checkpoint
 from xlc_ray.training import Diverged, logs, train_alone
@@ -60,7 +61,28 @@ def test_metrics_of_repeated_steps_count_once(small_run):
     train_alone(config)
     assert [line["step"] for line in logs.read(config.out)] == list(range(1, 13))
     written = Path(config.out, "metrics.jsonl").read_text().splitlines()
-    assert len(written) > 12  # appended, never rewritten
+    assert len(written) > 12
+
+
+def test_metrics_are_appended_and_never_rewritten(small_run, monkeypatch):
+    """Pitfall 27, also by a run that goes on."""
+    write, paths = files.write_bytes, []
+
+    def noted(path, data):
+        assert not path.endswith(logs.FILE)
+        paths.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(files, "write_bytes", noted)
+    config = small_run({"train.log_every": 1})
+    with pytest.raises(Interrupted):
+        train_alone(config, interrupt_at(7))
+    path, before = Path(config.out, logs.FILE), Path(config.out, logs.FILE).read_bytes()
+    inode = path.stat().st_ino
+    train_alone(config)
+    assert path.stat().st_ino == inode
+    assert path.read_bytes().startswith(before)
+    assert paths
 
 
 @pytest.mark.parametrize("where", ["{tmp}/cut", "memory://cut"])
@@ -170,6 +192,18 @@ def test_bias_starts_where_it_is_told(small_run, kind):
     bias = [checkpoint.load_dictionary(c.out)[0].b_dec for c in (config, zeros)]
     assert bias[0].abs().max() > 0.1
     assert bias[1].abs().max() < 1e-6
+
+
+def test_the_bias_is_of_as_many_rows_as_calibration_tokens_says(small_run, monkeypatch):
+    read, found = source.first_rows, []
+
+    def noted(*args):
+        found.append(read(*args))
+        return found[-1]
+
+    monkeypatch.setattr(source, "first_rows", noted)
+    train_alone(small_run({"dictionary.bias_init": "mean", "train.calibration_tokens": 50, "train.steps": 1}))
+    assert [{site: len(rows) for site, rows in one.items()} for one in found] == [{"mlp_out.0": 50}, {"mlp_out.1": 50}]
 
 
 def test_reduced_precision_trains_and_keeps_float32_weights(small_run):

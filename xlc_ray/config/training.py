@@ -111,7 +111,8 @@ class Train(Settings):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null = no clipping."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches a step and replica. BatchTopK ranks, and z-scores are of, one of them of all replicas at a time."""
+    """Micro-batches a step and replica. BatchTopK ranks, and z-scores, (L0 / target_l0 - 1)^2 and the strength that lp
+    keeps are of, one of them of all replicas at a time: they depend on it."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16: autocast over float32 weights; float64: for references."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000

@@ -123,7 +123,8 @@ def preactivation(pre: list[Tensor], gate: Gate, norms: Norms) -> Float[Tensor, 
 def auxk(
     error_hat: Float[Tensor, "B W"], error: Float[Tensor, "B W"], weights: Float[Tensor, "W"] | None
 ) -> Float[Tensor, ""]:
-    """‖e - ê‖² at the scale of `reconstruction`; e is detached here, ê is without bias and already scaled."""
+    """‖e - ê‖² at the scale of `reconstruction`; e is detached here, ê is without bias; the caller scales
+    the loss by min(1, dead/k)."""
     return reconstruction(error_hat, error.detach(), weights)
 
 

@@ -5,10 +5,13 @@
     W_dec ← n̄_dec · v / ‖v‖                  v = y_b - ŷ_b, or y_b - b_dec (in the columns that the group writes)
 
 The optimizer's moments of those features become zero, their counters of silence too. All ranks see the same sample and
-the same draw, which is a function of (seed, step, losses); each rank writes its own features. Unlike in the paper rows
-are drawn without replacement, since two features with the same start would stay the same for ever, and x is what the
-encoder reads, centred only if the normalisation centres. A decoder that is tied per source gets the sum of v over its
-targets.
+the same draw, which is a function of (seed, step, losses); each rank writes its own features. A decoder that is tied
+per source gets the sum of v over its targets. Unlike in the paper
+
+    rows are drawn without replacement: two features with the same start would stay the same for ever
+    x is what the encoder reads, centred only if the normalisation centres
+    v is by default what is left of y, and not the input (which `decoder: target` comes near, where a group writes what
+    it reads): living features explain most of that already, and in transcoders and CLTs W_dec writes other sites
 """
 
 from __future__ import annotations
