@@ -19,7 +19,9 @@ def main(overrides, config, resume, dry, limit, local) -> None:
         for line in dry_run(config, overrides, limit, resume):
             print(line)
     else:
-        print(summary(sweep(config, overrides, limit=limit, resume=resume, local=local)))
+        found = sweep(config, overrides, limit=limit, resume=resume, local=local)
+        print(summary(found))
+        found.check()
 
 
 if __name__ == "__main__":

@@ -95,3 +95,18 @@ def test_who_waits_is_answered_when_the_file_system_is_back(tmp_path, monkeypatc
     refusing(monkeypatch, errno.ESTALE, path)
     with pytest.raises(OSError, match="Stale"):
         files.waiting(0.2, lambda: files.exists(path))
+
+
+def test_schemes_that_nobody_knows_are_one_line():
+    for path in ("foo://x", "S3://bucket/x"):
+        with pytest.raises(UserError, match=f"^{path}: Protocol not known"):
+            files.listdir(path)
+
+
+def test_a_file_holds_no_names_and_home_is_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert files.listdir(str(tmp_path / "file" / "inside")) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.exists("~/file")
+    files.write_bytes("~/new/file", b"1")
+    assert (tmp_path / "new/file").read_bytes() == files.read_bytes("~/new/file") == b"1"

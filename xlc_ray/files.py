@@ -37,6 +37,7 @@ _LIBRARIES = {
     "aiohttp": "ClientError",
     "botocore.exceptions": "BotoCoreError",
     "httpx": "HTTPError",
+    "httpx2": "HTTPError",
     "gcsfs.retry": "HttpError",
 }
 """What libraries below fsspec raise that is no OSError."""
@@ -61,8 +62,8 @@ def is_url(path: str) -> bool:
 
 
 def local(path: str) -> str:
-    """A local path without its `file://`."""
-    return path.removeprefix("file://")
+    """A local path without its `file://`, and with the home directory in place of `~`."""
+    return os.path.expanduser(path.removeprefix("file://"))
 
 
 def join(base: str, *parts: str) -> str:
@@ -76,8 +77,11 @@ def name(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path, and the path within it."""
-    return fsspec.core.url_to_fs(path)
+    """The fsspec file system of a path, and the path within it. Raises UserError where none is known or installed."""
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def again(path: str, call: Callable[[], T]) -> T:
@@ -167,7 +171,7 @@ def listdir(path: str) -> list[str]:
     fs.invalidate_cache()
     try:
         found = again(path, lambda: fs.ls(inner, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 

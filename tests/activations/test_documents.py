@@ -248,6 +248,47 @@ def test_a_stream_that_begins_with_nothing_is_known_by_what_follows(tmp_path):
         load_documents(empty)
 
 
+@pytest.mark.parametrize("document", [5, 0, ["x"], [1, True], [CHAT[0], None], {"role": "user"}])
+def test_documents_of_another_kind_than_the_first_are_refused(tokenizer, document):
+    with pytest.raises(UserError, match=r"'text' of x holds .*, not text, nor lists of token ids or of messages"):
+        T.pack(["Emma", document], tokenizer, Text(dataset="x"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("x.jsonl", b"", "has no rows"),
+        ("x.txt", b" \n", "has no rows"),
+        ("x.jsonl", b'{"text": "caf\xe9"}\n', "cannot be loaded: 'utf-8' codec can't decode"),
+        ("x.jsonl", b'{"text": "a"}\n' * 100 + b'{"text":\n', "cannot be loaded: JSON parse error"),
+        ("x.csv", b"", "cannot be loaded: No columns"),
+    ],
+)
+def test_files_that_are_damaged_are_one_line(tmp_path, name, content, match, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"text\.dataset: .*{name}.* {match}") as error:
+        list(read_documents(Text(dataset=str(tmp_path / name), streaming=streaming)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_that_is_damaged_far_behind_is_one_line_of_the_stream(tmp_path):
+    rows = json.dumps({"text": "Emma " * 200}) + "\n"
+    (tmp_path / "x.jsonl").write_text(rows * 12_000 + '{"text":\n')
+    stream = read_documents(Text(dataset=str(tmp_path / "x.jsonl"), streaming=True))
+    assert next(stream)
+    with pytest.raises(UserError, match=r"text\.dataset: .*x\.jsonl.* cannot be loaded: JSON parse error"):
+        list(stream)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_saved_dataset_of_which_a_part_is_missing_is_one_line(tmp_path, name):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / name).unlink()
+    with pytest.raises(UserError, match=r"text\.dataset: .*saved' cannot be loaded: "):
+        load_documents(Text(dataset=str(tmp_path / "saved")))
+
+
 def test_documents_of_any_kind_have_a_held_out_share():
     for documents in ([[i, 7] for i in range(3000)], [[{"role": "user", "content": str(i)}] for i in range(3000)]):
         chosen = [T.is_held_out(d, 0.2) for d in documents]

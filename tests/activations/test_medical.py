@@ -161,6 +161,11 @@ def test_options_that_only_other_records_have_are_left_out():
         (medical.medmcqa, MEDMCQA | {"cop": -1}, "cop = -1; allowed: 0 to 3"),
         (medical.medmcqa, MEDMCQA | {"opb": None}, "'opb' is missing or null"),
         (medical.pubmed_qa, {"data": PUBMED["data"] | {"Context": "one"}}, "Context should be a list"),
+        (medical.pubmed_qa, {"data": PUBMED["data"] | {"Context": ["one", 2]}}, "Context should be text, not 2"),
+        (medical.medqa, {"data": MEDQA["data"] | {"Options": ["x"]}}, r"Options should be \{letter: text\}, not list"),
+        (medical.medqa, {"data": MEDQA["data"] | {"Options": {"A": 5}}}, "Options should be text, not 5"),
+        (medical.medqa, {"data": MEDQA["data"] | {"Correct Option": ["B"]}}, "is missing or null; there is A, B"),
+        (medical.medmcqa, MEDMCQA | {"exp": 5}, "exp should be text, not 5"),
     ],
 )
 def test_records_of_another_form_are_named(make, record, named):

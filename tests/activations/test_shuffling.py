@@ -10,6 +10,7 @@ from tests.activations.build import SITES, chunk_text, make, row_ids, row_tokens
 from xlc_ray.activations import store
 from xlc_ray.activations.shuffling import Permutation, Shuffle, write_new, write_part
 from xlc_ray.activations.windows import ChunkText, Windows
+from xlc_ray.config import UserError
 
 
 @given(count=st.integers(1, 5000), seed=st.integers(0, 2**32))
@@ -127,3 +128,12 @@ def test_windows_of_several_widths_and_far_apart_in_a_part(tmp_path, monkeypatch
             assert np.array_equal(found.windows.tokens[window], np.pad(wanted, (0, width - len(wanted))))
             assert found.windows.length[window] == text.windows.length[text.row_window[row]]
             assert position == text.row_position[row]
+
+
+def test_damage_is_not_made_new_rows_of(tmp_path):
+    old = make(tmp_path / "old", ROWS)
+    with (tmp_path / "old/chunk_1.hdf5").open("r+b") as file:
+        file.seek(-9, 2)
+        file.write(b"\xff")
+    with pytest.raises(UserError, match=r"chunk_1\.hdf5: altered"):
+        shuffled(old, tmp_path / "new")

@@ -235,6 +235,26 @@ def test_other_settings_into_the_same_path_are_refused(tmp_path):
         store.begin(str(tmp_path), identity(SITES))
 
 
+def test_of_several_differences_a_size_is_named_last(tmp_path):
+    store.begin(str(tmp_path), identity(SITES, bytes={"model.name": 6}))
+    with pytest.raises(UserError, match="made with seed = None, not 1"):
+        store.begin(str(tmp_path), identity(SITES, bytes={"model.name": 7}, seed=1))
+    with pytest.raises(UserError, match=r"made with another model\.name: bytes of its files = 6, not 7; choose"):
+        store.begin(str(tmp_path), identity(SITES, bytes={"model.name": 7}))
+
+
+@pytest.mark.parametrize("size", [0, 3, 200, -1])
+def test_text_and_moments_that_were_cut_name_their_file(tmp_path, size):
+    unfinished(str(tmp_path))
+    store.write_text(str(tmp_path), chunk_text(1, 50))
+    for name in ("text/chunk_1.npz", "moments/chunk_1.npz"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:size])
+    with pytest.raises(UserError, match=r"text/chunk_1\.npz: cannot be read as \.npz"):
+        store.read_text(str(tmp_path), 1)
+    with pytest.raises(UserError, match=r"moments/chunk_1\.npz: cannot be read as \.npz"):
+        store.finish(str(tmp_path), identity(SITES))
+
+
 def test_identity_holds_what_decides_the_content_and_nothing_else():
     config = load_config("configs/quickstart.yaml")
 

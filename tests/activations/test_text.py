@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -222,3 +224,27 @@ def test_missing_model_is_one_line(name):
         T.load_tokenizer(Model(name=name))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [("config.json", "tokenizer_config.json"), ("config.json",)])
+def test_a_model_without_its_tokenizer_is_one_whole_line(tmp_path, kept):
+    for name in kept:
+        shutil.copy(Path(MODEL.name) / name, tmp_path)
+    with pytest.raises(UserError, match=r"model\.name: .*tokenizer.*[^:\s]$") as error:
+        T.load_tokenizer(Model(name=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_reason_of_many_lines_is_told_whole():
+    class Broken:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise ValueError("it needs one of:\n(1) this\n(2) that")
+
+    with pytest.raises(UserError, match=r"it needs one of: \(1\) this \(2\) that$"):
+        T.from_pretrained(Broken, MODEL, "tokenizer")
+
+
+def test_text_that_ends_too_early_names_the_settings_of_both_splits():
+    with pytest.raises(UserError, match=r"0 of 60 .*generate\.tokens.*text\.held_out_fraction.*held_out_tokens"):
+        list(T.chunk_plan([], 60, 10, 0))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from xlc_ray.cluster import cli
+from xlc_ray.cluster.compare import compare
+from xlc_ray.cluster.convert import convert
 from xlc_ray.cluster.evaluate import evaluate
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.sweep import SweepConfig
@@ -150,10 +152,14 @@ def test_help_sets_sections_apart_and_folds_them_to_the_terminal(model, monkeypa
 
 
 def test_evaluation_takes_no_settings_of_training(tmp_path):
-    with pytest.raises(
-        UserError, match=r"dictionary\.gate\.k: evaluation takes it from the run; allowed: evaluate, clus"
-    ):
-        evaluate(str(tmp_path), {"evaluate.windows": 0, "dictionary.gate.k": 1})
+    for name in ("dictionary.gate.k", "train.lr", "dictionary.features"):
+        said = rf"{name}: is taken from the run; allowed: evaluate, clus"
+        with pytest.raises(UserError, match=said):
+            evaluate(str(tmp_path), {"evaluate.windows": 0, name: 1})
+        with pytest.raises(UserError, match=said):
+            convert(str(tmp_path), str(tmp_path / "new"), {"train.calibration_tokens": 99, name: 1})
+        with pytest.raises(UserError, match=said):
+            compare(str(tmp_path), str(tmp_path), {name: 1})
 
 
 def diverge():

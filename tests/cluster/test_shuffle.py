@@ -108,3 +108,12 @@ def test_a_damaged_chunk_is_a_mistake_of_one_line(cluster, old, tmp_path):
     with pytest.raises(Exception, match=r"chunk_1\.hdf5: cut or altered"):
         shuffle(old.path, str(tmp_path / "new"), seed=3)
     assert not (tmp_path / "new/manifest.json").exists()
+
+
+def test_what_lies_in_its_way_is_left_alone(old, tmp_path):
+    theirs = tmp_path / "new/parts/theirs.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(UserError, match=r"new/parts: is of no shuffle; choose another --out"):
+        shuffle(old.path, str(tmp_path / "new"))
+    assert theirs.read_text() == "mine"

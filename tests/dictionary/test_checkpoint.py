@@ -209,3 +209,15 @@ def test_ranks_go_on_from_the_same_checkpoint_where_one_has_an_older_list(tmp_pa
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["2\n", "2\n"]
+
+
+@pytest.mark.parametrize("marker", ["", "[]", '{"step": 3'])
+def test_a_marker_that_cannot_be_read_is_damage_and_loading_warns_of_it(tmp_path, marker):
+    made = trained("jumprelu", 3, str(tmp_path), **{"train.keep": 2})
+    with pytest.raises(UserError, match=r"config\.yaml: missing"):
+        checkpoint.settings(str(tmp_path))
+    files.write_bytes(str(tmp_path / "config.yaml"), made.config.yaml().encode())
+    (tmp_path / "checkpoints/step_3" / checkpoint.MARKER).write_text(marker)
+    assert checkpoint.steps(str(tmp_path)) == [2]
+    with pytest.warns(UserWarning, match=r"step_3: damaged, passed over: complete\.json: "):
+        checkpoint.load_dictionary(str(tmp_path))

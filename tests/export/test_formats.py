@@ -235,6 +235,23 @@ def test_damage_is_named(tmp_path):
         xlc.load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("saelens", "sae_weights.safetensors"),
+        ("saelens", "cfg.json"),
+        ("dictionary_learning", "ae.pt"),
+        ("dictionary_learning", "config.json"),
+    ],
+)
+def test_a_folder_of_which_a_part_is_missing_is_named(tmp_path, form, name):
+    dictionary, _ = make.trained("saes", "relu")
+    formats.WRITERS[form](dictionary, make.config("saes", "relu"), str(tmp_path))
+    (tmp_path / "resid_post.0" / name).unlink()
+    with pytest.raises(UserError, match=rf"resid_post\.0/{name}: missing"):
+        xlc.load(str(tmp_path))
+
+
 def test_a_topk_of_circuit_tracer_is_refused(tmp_path):
     dictionary, batch = make.trained("transcoder", "jumprelu")
     formats.WRITERS["circuit_tracer"](dictionary, make.config("transcoder", "jumprelu"), str(tmp_path))

@@ -203,6 +203,27 @@ def test_what_the_hub_refuses_is_one_line(tmp_path):
     assert said[3].startswith("--push-to-hub me/clt: the Hub cannot be reached")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("eval.json", "{", "circuit_tracer"),
+        ("eval.json", '{"l0": 2.5}', "circuit_tracer"),
+        ("features.parquet", "PAR1", "saelens"),
+        ("store/held_out/manifest.json", "{", "circuit_tracer"),
+    ],
+)
+def test_a_damaged_file_of_the_run_stops_before_anything_is_written(tmp_path, name, content, form):
+    wired = {"dictionary.wiring": {"kind": "transcoder"}, "dictionary.gate": {"kind": "relu"}}
+    config = small_run_in(tmp_path)({**wired, "train.steps": 1})
+    train_alone(config)
+    make_store(tmp_path / "store" / "held_out", [40], sites=SITES)
+    damaged = tmp_path / name if "/" in name else Path(config.out) / name
+    damaged.write_text(content)
+    with pytest.raises(UserError, match=f"{name}: (not JSON|tokens is None|cannot be read as .parquet)"):
+        export(config.out, form, str(tmp_path / "out"), None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_hub_nothing_is_written(tmp_path, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="--push-to-hub me/clt: HF_HUB_OFFLINE is set"):  # as in all our tests

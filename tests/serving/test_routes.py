@@ -16,7 +16,8 @@ import pytest
 import requests
 
 from tests.serving.conftest import TERMS, chunk, rows_of
-from xlc_ray.serving.server import running
+from xlc_ray.config import UserError
+from xlc_ray.serving.server import make_server, running
 
 ID = "gpt2/pile_train"
 
@@ -282,3 +283,10 @@ def test_the_index_can_have_the_one_form_that_the_training_client_reads(tmp_path
         assert ask() == rows
         (tmp_path / "a/index.bin").unlink()
         assert requests.get(f"{url}/datasets/a/manifest").status_code == 404
+
+
+def test_a_server_serves_a_folder_of_its_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--root s3://bucket/x: allowed: a local folder"):
+        make_server("s3://bucket/x", None, TERMS)
+    assert list(tmp_path.iterdir()) == []

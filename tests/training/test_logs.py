@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 import pytest
 import wandb
 
+from xlc_ray.config import UserError
 from xlc_ray.training import logs
 
 
@@ -20,3 +21,12 @@ def test_runs_of_equal_last_names_are_different_runs_of_wandb(small_run, tmp_pat
     assert len(set(ids)) == 3
     assert ids[3] == ids[0]  # one that is resumed
     assert {run["name"] for run in runs} == {"sae"}
+
+
+def test_wandb_without_a_login_is_one_line(small_run, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"train\.wandb: No API key configured\.; wandb login, or set .*mode: offline"):
+        logs.Log(small_run({"train.wandb": {"project": "tests"}}))

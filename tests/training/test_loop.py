@@ -264,3 +264,33 @@ def test_metrics_lines_hold_what_the_report_and_users_need(small_run):
         assert all(key in line for line in lines)
     assert all(line["l0"] == pytest.approx(3.0) for line in lines)
     assert all(line["l0"] == pytest.approx(line["l0/group_0"] + line["l0/group_1"]) for line in lines)
+
+
+def test_a_directory_whose_checkpoints_are_all_damaged_is_not_begun_anew(small_run):
+    config = small_run()
+    train_alone(config)
+    for path in Path(config.out, "checkpoints").glob("step_*/.metadata"):
+        path.unlink()
+    metrics = Path(config.out, "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"damaged, passed over: \.metadata has 0 of [\d,]+ bytes; no other is left"):
+        train_alone(config)
+    assert Path(config.out, "metrics.jsonl").read_bytes() == metrics
+
+
+def test_what_is_no_run_is_not_replaced_by_one(small_run, tmp_path):
+    with pytest.raises(UserError, match=r"store: holds activations; choose another --out"):
+        train_alone(small_run({"out": str(tmp_path / "store")}))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (theirs / name).write_text("lr: 1\n")
+    with pytest.raises(UserError, match=r"theirs: its config\.yaml is of no run"):
+        train_alone(small_run({"out": str(theirs)}))
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == dict.fromkeys(
+        ("config.yaml", "metrics.jsonl"), "lr: 1\n"
+    )
+
+
+def test_more_features_asked_for_than_there_are_is_said_before_anything_starts(small_run):
+    with pytest.raises(UserError, match=r"dictionary\.gate\.k: 99 exceeds the 48 features of all groups"):
+        train_alone(small_run({"dictionary.gate.k": 99}))

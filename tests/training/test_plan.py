@@ -417,3 +417,18 @@ def test_the_job_refuses_in_one_line():
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == ["error: --gpu: 'tpu' is not known; allowed: h100, h200, a100, l40s"]
+
+
+@pytest.mark.parametrize("active", [0.0, -5.0, float("nan"), float("inf")])
+def test_a_number_of_active_features_that_cannot_be_is_one_line(active):
+    with pytest.raises(UserError, match=r"--active: .*; allowed: a number of features above 0"):
+        list(forecast(settings(), "h100", 1, active))
+
+
+def test_what_training_would_refuse_is_refused_by_its_plan():
+    with pytest.raises(UserError, match=r"dictionary\.gate\.k: 99999 exceeds"):
+        list(forecast(settings(**{"dictionary.gate.k": 99999}), "h100", 1, None))
+    with pytest.raises(UserError, match="mlp_inn"):
+        list(forecast(settings(**{"dictionary.wiring": {"kind": "sae", "site": "mlp_inn"}}), "h100", 1, None))
+    with pytest.raises(UserError, match="foo"):
+        list(forecast(settings(**{"generate.sites": ["foo.0"]}), "h100", 1, None))

@@ -12,10 +12,12 @@ import itertools
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from xlc_ray.config import Text, UserError
@@ -25,6 +27,8 @@ Document = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 TEXT, IDS, MESSAGES = "text", "token ids", "messages {role, content}"
 """What a column may hold."""
+
+NONE_OF_THEM = f"not text, nor lists of {IDS} or of {MESSAGES}"
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """File endings and what reads them."""
@@ -37,13 +41,14 @@ T = TypeVar("T")
 
 def read_documents(text: Text) -> Iterator[Document | None]:
     """The documents of `text` in order, those of a mixture interleaved. Raises UserError like `load_documents`."""
-    streams = [_stream(load_documents(part), part.column) for part in text.parts()]
+    streams = [_stream(load_documents(part), part) for part in text.parts()]
     return interleave(streams, [share.weight for share in text.mixture] if text.mixture else [1.0])
 
 
-def _stream(dataset: Any, column: str) -> Iterator[Document | None]:
-    for rows in dataset.select_columns([column]).iter(batch_size=READ_AHEAD):
-        yield from map(_without_absent, rows[column])
+def _stream(dataset: Any, text: Text) -> Iterator[Document | None]:
+    with _reading(text):
+        for rows in dataset.select_columns([text.column]).iter(batch_size=READ_AHEAD):
+            yield from map(_without_absent, rows[text.column])
 
 
 def _without_absent(document: Any) -> Any:
@@ -116,7 +121,8 @@ def _local_files(name: str) -> list[str] | None:
 
 
 def _saved(text: Text) -> Any:
-    found = datasets.load_from_disk(str(text.dataset))
+    with _reading(text):
+        found = datasets.load_from_disk(str(text.dataset))
     if isinstance(found, datasets.DatasetDict):
         if text.split not in found:
             raise UserError(
@@ -127,9 +133,18 @@ def _saved(text: Text) -> Any:
 
 
 def _load(text: Text, *args: Any, **settings: Any) -> Any:
-    try:
+    with _reading(text):
         return datasets.load_dataset(*args, **settings)
-    except (DatasetsError, OSError, ValueError) as error:  # names, networks, files; unknown splits and configurations
+
+
+@contextmanager
+def _reading(text: Text) -> Iterator[None]:
+    """Whatever the libraries raise of a dataset that is not there or damaged, as one line that names it."""
+    try:
+        yield
+    except StopIteration:  # of JSON without a line
+        raise UserError(f"text.dataset: {text.dataset} has no rows, or one of its files has none") from None
+    except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:  # names, networks, files, unknown splits
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"text.dataset: {text.dataset!r} cannot be loaded: {reason}") from None
@@ -138,8 +153,8 @@ def _load(text: Text, *args: Any, **settings: Any) -> Any:
 def column_kind(dataset: Any, text: Text) -> str:
     """What `text.column` holds: TEXT, IDS or MESSAGES. Raises UserError where it is missing or holds none of them."""
     features = dataset.features
-    rows = [] if features else list(itertools.islice(dataset, READ_AHEAD))  # a stream that does not say
-    if not (features or rows):
+    rows = [] if features else _first(dataset, text)  # a stream that does not say
+    if not (features or rows) or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
         raise UserError(f"text.dataset: {text.dataset} has no rows")
     columns = features or rows[0]
     if text.column not in columns:
@@ -148,14 +163,18 @@ def column_kind(dataset: Any, text: Text) -> str:
     feature = features[text.column] if features else None
     kind = _kind_of_feature(feature)
     if kind is None and "Json" in str(feature):  # objects of which each has keys of its own: a type that says nothing
-        rows = list(itertools.islice(dataset, READ_AHEAD))
+        rows = _first(dataset, text)
     found = next((value for row in rows if (value := row.get(text.column))), None)
     kind = kind or _kind_of_value(found)
     if kind is None:
         held = (getattr(feature, "dtype", None) or " ".join(str(feature).split())) if not rows else reprlib.repr(found)
-        allowed = f"not text, nor lists of {IDS} or of {MESSAGES}"
-        raise UserError(f"text.column: {text.column!r} of {text.dataset} holds {held}, {allowed}")
+        raise UserError(f"text.column: {text.column!r} of {text.dataset} holds {held}, {NONE_OF_THEM}")
     return kind
+
+
+def _first(dataset: Any, text: Text) -> list[dict[str, Any]]:
+    with _reading(text):
+        return list(itertools.islice(dataset, READ_AHEAD))
 
 
 def _kind_of_feature(feature: Any) -> str | None:

@@ -48,7 +48,7 @@ def medqa(record: Record, strict: bool) -> str:
     """
     data = _field(record, "data")
     options, letter = _field(data, "Options"), _field(data, "Correct Option")
-    return f"{_field(data, 'Question')}{_listed(_values(options))}\nCorrect option: {_field(options, letter)}"
+    return f"{_field(data, 'Question')}{_listed(_values(options))}\nCorrect option: {_field(options, str(letter))}"
 
 
 def medmcqa(record: Record, strict: bool) -> str:
@@ -65,7 +65,7 @@ def medmcqa(record: Record, strict: bool) -> str:
 def _explanation(record: Record, strict: bool) -> str:
     if strict:
         return f"\nExplanation: {record['exp']}".split("Ref")[0] if "exp" in record else ""
-    found = REFERENCE.split(record.get("exp") or "")[0]
+    found = REFERENCE.split(_lines("exp", [record.get("exp") or ""]))[0]
     return f"\nExplanation: {found}" if found.strip() else ""
 
 
@@ -78,17 +78,26 @@ def pubmed_qa(record: Record, strict: bool) -> str:
     answer = data.get("Long Answer")
     detailed = f"\nDetailed answer: {answer}" if strict or answer is not None else ""
     return (
-        "Context:\n" + "\n".join(context) + f"\nQuestion: {_field(data, 'Question')}"
+        "Context:\n" + _lines("Context", context) + f"\nQuestion: {_field(data, 'Question')}"
         f"{_listed(_values(_field(data, 'Options')))}\nCorrect option: {_field(data, 'Correct Answer')}{detailed}"
     )
 
 
-def _listed(options: Iterable[str]) -> str:
-    return "\nThe options are:\n" + "\n".join(options)
+def _listed(options: Iterable[Any]) -> str:
+    return "\nThe options are:\n" + _lines("Options", options)
 
 
-def _values(options: Record) -> list[str]:
+def _lines(name: str, parts: Iterable[Any]) -> str:
+    parts = list(parts)
+    if other := [part for part in parts if not isinstance(part, str)]:
+        raise UserError(f"{name} should be text, not {other[0]!r}")
+    return "\n".join(parts)
+
+
+def _values(options: Any) -> list[Any]:
     """Options that are there: a column of records with four and with five gives the former an empty fifth."""
+    if not isinstance(options, Mapping):
+        raise UserError(f"Options should be {{letter: text}}, not {type(options).__name__}")
     return [option for option in options.values() if option is not None]
 
 

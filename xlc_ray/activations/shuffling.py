@@ -125,7 +125,8 @@ class Shuffle:
 
 
 def write_part(shuffle: Shuffle, old: Store, parts: str, chunk: int) -> None:
-    """The first pass over one old chunk."""
+    """The first pass over one old chunk. Raises UserError where it is damaged: the new chunks would hide it."""
+    old.verify_chunk(chunk)
     rows = shuffle.part(chunk)
     text = old.windows(chunk)
     found = old.gather(np.full(len(rows), chunk), rows, list(old.manifest.sites))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from xlc_ray.activations.documents import MESSAGES, Document, column_kind, load_documents, read_documents
+from xlc_ray.activations.documents import MESSAGES, NONE_OF_THEM, Document, column_kind, load_documents, read_documents
 from xlc_ray.activations.windows import ChunkText, Windows
 from xlc_ray.config import Model, Text, UserError
 
@@ -42,6 +44,8 @@ def load_tokenizer(model: Model) -> Any:
 
     tokenizer = from_pretrained(AutoTokenizer, model, "tokenizer")
     _boundaries(tokenizer)
+    if not tokenizer.vocab_size:  # of a directory without its files: only the special tokens of its class
+        raise UserError(f"{model.section}.name: {model.name!r} holds no tokenizer; save the model's own beside it")
     return tokenizer
 
 
@@ -54,7 +58,7 @@ def from_pretrained(auto: Any, model: Model, what: str, **settings: Any) -> Any:
     try:
         return auto.from_pretrained(name, **settings)
     except (OSError, ValueError) as error:  # what transformers and the Hub raise for names, files and networks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
         raise UserError(f"{where}: the {what} of {name!r} cannot be loaded: {reason}") from None
 
 
@@ -122,8 +126,8 @@ def _windows(rows: Sequence[Sequence[int]], context: int) -> Windows:
 def token_ids(documents: Sequence[Document | None], tokenizer: Any, text: Text) -> list[list[int]]:
     """Token ids of each document; without the BOS at its beginning, if there is one and windows get their own.
 
-    Messages are rendered by the tokenizer's chat template. Raises UserError where that fails, and where given ids are
-    not the tokenizer's or, as windows of their own, do not fit.
+    Messages are rendered by the tokenizer's chat template. Raises UserError where that fails, where a document is
+    none of what it may be, and where given ids are not the tokenizer's or, as windows of their own, do not fit.
     """
     bos, vocabulary = _boundaries(tokenizer)[0], len(tokenizer)
     found: list[list[int]] = [[] for _ in documents]
@@ -131,9 +135,11 @@ def token_ids(documents: Sequence[Document | None], tokenizer: Any, text: Text) 
     for i, document in enumerate(documents):
         if isinstance(document, str):
             texts[i] = document
-        elif document and isinstance(document[0], Mapping):
+        elif document in (None, []):
+            continue
+        elif isinstance(document, Sequence) and all(isinstance(part, Mapping) for part in document):
             texts[i] = _rendered(document, tokenizer, text)
-        elif document:
+        else:
             found[i] = _checked(document, vocabulary, tokenizer, text)
     if texts:
         # verbose=False: a document longer than the model's context is no mistake here.
@@ -153,8 +159,10 @@ def _rendered(messages: Sequence[Any], tokenizer: Any, text: Text) -> str:
         raise UserError(f"text.column: {text.column!r} of {text.label}: the chat template {reason}") from None
 
 
-def _checked(ids: Sequence[Any], vocabulary: int, tokenizer: Any, text: Text) -> list[int]:
+def _checked(ids: Any, vocabulary: int, tokenizer: Any, text: Text) -> list[int]:
     where = f"text.column: {text.column!r} of {text.label}"
+    if not isinstance(ids, Sequence) or {*map(type, ids)} - {int, type(None)}:
+        raise UserError(f"{where} holds {reprlib.repr(ids)}, {NONE_OF_THEM}")
     if None in ids:
         raise UserError(f"{where}: token id null is not of any tokenizer; allowed: 0 to {vocabulary - 1}")
     lowest, highest = min(ids), max(ids)
@@ -203,7 +211,8 @@ def chunk_plan(
             yield _chunk(index, group, seed)
             return
     raise UserError(
-        f"text.dataset: text ended after {total} of {tokens} tokens; ask for fewer or give more text "
+        f"text.dataset: text ended after {total} of {tokens} tokens; give more text, or ask for fewer: generate.tokens "
+        "or, of the share text.held_out_fraction of the documents alone, generate.held_out_tokens "
         "(a mixture ends with the first of its datasets to end)"
     )
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -77,14 +80,13 @@ def begin(path: str, identity: Mapping[str, Any]) -> None:
 
 def compare(path: str, made: Mapping[str, Any], asked: Mapping[str, Any], parts: tuple[str, ...] = ("",)) -> None:
     """Raises UserError where the identity with which `path` was made differs from another, in settings whose names
-    begin with one of `parts`: of all differences the first is named."""
+    begin with one of `parts`: of all differences the first is named, sizes last."""
     before, now = _flat(made), _flat(asked)
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith("bytes."), key)):
         if key.startswith(parts) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{path}: was made with {key} = {before.get(key)!r}, not {now.get(key)!r}; choose another path or "
-                "remove it"
-            )
+            name, values = key.removeprefix("bytes."), f"{before.get(key)!r}, not {now.get(key)!r}"
+            what = f"{key} = {values}" if name == key else f"another {name}: bytes of its files = {values}"
+            raise UserError(f"{path}: was made with {what}; choose another path or remove it")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -109,14 +111,31 @@ def write_text(path: str, chunk: ChunkText) -> None:
 
 
 def read_text(path: str, index: int) -> ChunkText:
-    """The text of one chunk. Raises UserError where the store has none."""
+    """The text of one chunk. Raises UserError where the store has none, or its file is damaged."""
     name = _text_file(path, index)
     try:
         raw = files.read_bytes(name)
     except FileNotFoundError:
         raise UserError(f"{name}: missing; this store does not know the text of its rows") from None
-    with np.load(io.BytesIO(raw)) as found:
-        return ChunkText(index, Windows(found["tokens"], found["length"]), found["window"], found["position"])
+    found = _arrays(name, raw)
+    return ChunkText(index, Windows(found["tokens"], found["length"]), found["window"], found["position"])
+
+
+def _arrays(name: str, raw: bytes) -> dict[str, Any]:
+    try:
+        with np.load(io.BytesIO(raw)) as found:
+            return dict(found)
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{name}: cannot be read as .npz: {error}; copy it again, or generate to another path"
+        ) from None
+
+
+def remove_text(path: str) -> None:
+    """Remove the text of a store that has no plan, and nothing else that may lie there."""
+    for name in files.listdir(files.join(path, "text")):
+        if re.fullmatch(r"chunk_\d+\.npz", name):
+            files.remove(files.join(path, "text", name))
 
 
 def _text_file(path: str, index: int) -> str:
@@ -277,11 +296,11 @@ def merged_moments(path: str, chunks: Sequence[ChunkRecord]) -> dict[str, Moment
     total: dict[str, Moments] = {}
     blobs = _each(path, lambda index: files.read_bytes(_moments_file(path, index)), [chunk.index for chunk in chunks])
     for chunk, blob in zip(chunks, blobs, strict=True):
-        with np.load(io.BytesIO(blob)) as found:
-            for site in chunk.offsets:
-                values = {key: found[f"{site}/{key}"] for key in _MOMENTS}
-                here = Moments(**values | {key: values[key].item() for key in ("count", "norm_sum", "lost")})
-                total[site] = total[site].merge(here) if site in total else here
+        found = _arrays(_moments_file(path, chunk.index), blob)
+        for site in chunk.offsets:
+            values = {key: found[f"{site}/{key}"] for key in _MOMENTS}
+            here = Moments(**values | {key: values[key].item() for key in ("count", "norm_sum", "lost")})
+            total[site] = total[site].merge(here) if site in total else here
     return total
 
 

@@ -8,6 +8,7 @@ import ray
 import torch
 
 from xlc_ray import evaluation, files
+from xlc_ray.cluster.evaluate import check_changes
 from xlc_ray.cluster.placement import require_model
 from xlc_ray.cluster.session import connect, run_path
 from xlc_ray.config import Config, UserError
@@ -24,6 +25,7 @@ def compare(run_dir: str, against: str, changes: dict[str, Any] | None = None) -
     """
     if not against:
         raise UserError("--against: missing; give --against DIR, the directory of another run")
+    check_changes(changes)
     connect()
     run_dir, against = run_path(run_dir), run_path(against)
     config = settings(run_dir).override(changes or {})

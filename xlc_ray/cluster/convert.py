@@ -9,12 +9,16 @@ import torch
 
 from xlc_ray import files
 from xlc_ray.activations.store import is_there, open_source
+from xlc_ray.cluster.evaluate import check_changes
 from xlc_ray.cluster.placement import require_model
 from xlc_ray.cluster.session import connect, resolve, run_path
 from xlc_ray.config import Config, UserError
 from xlc_ray.dictionary import Dictionary, checkpoint
 from xlc_ray.evaluation.convert import convert_dictionary
 from xlc_ray.training import logs
+
+SAMPLE = ("train.calibration_tokens", "train.batch_tokens", "train.accumulate")
+"""Settings of training by which the rows are taken that thresholds are calibrated on."""
 
 
 def convert(
@@ -35,11 +39,12 @@ def convert(
     """
     if not out:
         raise UserError("--out: missing; give --out DIR, a directory for the converted run")
+    check_changes(changes, *SAMPLE)
     connect()
     run_dir = run_path(run_dir)
     config = resolve(checkpoint.settings(run_dir).override({**(changes or {}), "out": out}))
-    if checkpoint.steps(config.out):
-        raise UserError(f"{config.out}: holds a run already; choose another --out")
+    if files.listdir(config.out):
+        raise UserError(f"{config.out}: is not empty; choose another --out")
     cluster = config.cluster
     require_model(cluster, "conversion")
     name = f"convert {files.name(run_dir)}"  # as the dashboard shows it

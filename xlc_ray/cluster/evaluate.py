@@ -5,7 +5,7 @@ Their sums come to the driver, which merges them in the order of the shares: who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -34,9 +34,7 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
     content with `report`, the page's path. Raises UserError where there is no checkpoint or the held-out activations do
     not fit it, and on a change of what training has decided.
     """
-    for path in changes or {}:
-        if path.split(".")[0] not in CHANGEABLE:
-            raise UserError(f"{path}: evaluation takes it from the run; allowed: {', '.join(CHANGEABLE)}")
+    check_changes(changes)
     connect()
     run_dir = run_path(run_dir)
     config = settings(run_dir).override(changes or {})
@@ -58,6 +56,13 @@ def evaluate(run_dir: str, changes: dict[str, Any] | None = None) -> dict[str, A
             effects.merge(other)
     finish = ray.remote(_finish).options(name=name, num_cpus=cpus)
     return ray.get(finish.remote(run_dir, step, config, sums, effects))
+
+
+def check_changes(changes: Mapping[str, Any] | None, *more: str) -> None:
+    """Raises UserError on an override of what a trained run has decided; `more`: other settings that are free."""
+    for path in changes or {}:
+        if path.split(".")[0] not in CHANGEABLE and path not in more:
+            raise UserError(f"{path}: is taken from the run; allowed: {', '.join((*CHANGEABLE, *more))}")
 
 
 def _measure(run_dir: str, step: int, config: Config, share: Share) -> Sums:

@@ -79,8 +79,11 @@ def claim(path: str, identity: dict[str, Any]) -> None:
 
     An attempt that got no further than its text holds nothing that could be mixed up, and gives way.
     """
-    if store.read_plan(path) is None and not files.listdir(files.join(path, "records")):
-        files.remove(files.join(path, "identity.json"))
+    name = files.join(path, "identity.json")
+    if store.read_plan(path) is None and not files.listdir(files.join(path, "records")) and files.exists(name):
+        if "format_version" not in files.read_mapping(name):
+            raise UserError(f"{name}: is none of a store; choose another source.path")
+        files.remove(name)
     store.begin(path, identity)
 
 
@@ -93,7 +96,7 @@ def make_plan(config: Config, paths: dict[bool, str]) -> None:
     connect()
     require(1, 0, "tokenising")
     for path in paths.values():
-        files.remove(files.join(path, "text"))  # of a plan that was not finished
+        store.remove_text(path)  # of a plan that was not finished
     make = config.generate
     total = {False: make.tokens, True: make.held_out_tokens}
     rows: dict[bool, list[int]] = {False: [], True: []}

@@ -39,6 +39,8 @@ def shuffle(path: str, out: str, seed: int, chunk_tokens: int | None = None, wor
         raise UserError(f"{path}: int8 rows would be rounded a second time; shuffle a store of another generate.dtype")
     how = Shuffle(tuple(old.chunk_rows), seed, chunk_tokens or max(old.chunk_rows))
     identity, parts = _identity(old, how), files.join(out, "parts")
+    if files.listdir(parts) and not files.exists(files.join(parts, "identity.json")):
+        raise UserError(f"{parts}: is of no shuffle; choose another --out")
     store.begin(out, identity)
     if not files.exists(files.join(out, "manifest.json")):
         connect()

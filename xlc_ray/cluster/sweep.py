@@ -222,6 +222,8 @@ def _find_room(known: list[Trial]) -> None:
 def _same(settings: SweepConfig) -> None:
     """Raise UserError where the directory holds another sweep."""
     path = files.join(settings.out, SETTINGS)
+    if not files.exists(path) and files.exists(files.join(settings.out, "config.yaml")):
+        raise UserError(f"{settings.out}: holds a run; choose another --out")
     if files.exists(path):
         free = tuple(name for name in FREE if not (settings.pbt and name in POPULATION))
         before = _decisive(yaml_text.parse_mapping(files.read_bytes(path), path), free)

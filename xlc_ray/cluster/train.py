@@ -63,7 +63,8 @@ def train(config: Config) -> dict[str, Any]:
         with driving(config.out), live.generating(config, data, wiring.sites) as generators, _Watch(config, step or 0):
             supervise(config, _worker, generators)
     lines = files.waiting(config.cluster.read_retry_s, lambda: logs.read(config.out))
-    return {**lines[-1], "out": config.out}
+    last = lines[-1] if lines else {"step": config.train.steps}  # of a finished run that lost them
+    return {**last, "out": config.out}
 
 
 def open_or_make(config: Config) -> Store:

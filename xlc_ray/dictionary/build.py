@@ -77,6 +77,13 @@ def _concrete(config: settings.HardConcreteGate | settings.GatedHardConcreteGate
     return hard_concrete.Shape(config.gamma, config.zeta, config.start, config.beta, last, config.beta_hold)
 
 
+def check_features(config: settings.Dictionary, wires: Wiring) -> None:
+    """Raises UserError where a gate wants more features than there are."""
+    k, there = getattr(config.gate, "k", 0), config.features * wires.groups
+    if k > there:
+        raise UserError(f"dictionary.gate.k: {k} exceeds the {there} features of all groups")
+
+
 def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards) -> Dictionary:
     """This rank's slice of a fresh dictionary in training form; the same seed gives the same whole at any world size.
 
@@ -88,9 +95,7 @@ def build(config: settings.Dictionary, wires: Wiring, seed: int, shards: Shards)
                 f"cluster.tensor_parallel: {shards.size} ranks cannot share the {n} features of group {g}: "
                 "one would hold none"
             )
-    k = getattr(config.gate, "k", 0)
-    if k > sum(sizes):
-        raise UserError(f"dictionary.gate.k: {k} exceeds the {sum(sizes)} features of all groups")
+    check_features(config, wires)
     local = [hi - lo for lo, hi in map(shards.bounds, sizes)]
     dictionary = Dictionary(wires, sizes, make_gate(config.gate, local, shards), shards, config.products)
     for g, group in enumerate(dictionary.groups):

@@ -172,15 +172,20 @@ def damaged(run_dir: str) -> list[str]:
 
 def _looked_at(run_dir: str) -> dict[int, str | None]:
     """By step of each checkpoint that was complete: what is wrong with it."""
-    found = {}
+    found: dict[int, str | None] = {}
     for name in files.listdir(files.join(run_dir, "checkpoints")):
         if (step := _step_of(name)) is None:
             continue
+        path = _path(run_dir, step)
         try:
             wanted = facts(run_dir, step).get(SIZES, {})
         except FileNotFoundError:
             continue
-        path = _path(run_dir, step)
+        except UserError:
+            raise
+        except ValueError as error:
+            found[step] = f"{path}: damaged, passed over: {MARKER}: {error}"
+            continue
         sizes = files.sizes(path)
         wrong = next((file for file, size in wanted.items() if sizes.get(file) != size), None)
         what = f"{wrong} has {sizes.get(wrong, 0):,} of {wanted[wrong]:,} bytes" if wrong else ""
@@ -203,8 +208,11 @@ def _step_of(name: str) -> int | None:
 
 
 def facts(run_dir: str, step: int) -> dict[str, Any]:
-    """What `save` was given beside tensors."""
-    return files.read_json(files.join(_path(run_dir, step), MARKER))
+    """What `save` was given beside tensors. Raises ValueError where it is not readable."""
+    found = files.read_json(files.join(_path(run_dir, step), MARKER))
+    if not isinstance(found, dict) or "step" not in found:
+        raise ValueError("not of a checkpoint")
+    return found
 
 
 def load(run_dir: str, step: int, tensors: dict[str, Tensor], shards: Shards) -> None:
@@ -258,11 +266,16 @@ def wiring_from(plain: dict[str, Any]) -> Wiring:
 
 
 def settings(run_dir: str) -> Config:
-    """The settings of a run that has a checkpoint. Raises UserError where it has none."""
+    """The settings of a run that has a checkpoint. Raises UserError where it has none; warns of damaged ones."""
+    for line in damaged(run_dir):
+        warnings.warn(line, stacklevel=2)
     if not steps(run_dir):
         raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
     path = files.join(run_dir, "config.yaml")
-    return load_config_text(files.read_bytes(path), path)
+    try:
+        return load_config_text(files.read_bytes(path), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
 
 
 def load_dictionary(run_dir: str, step: int | None = None) -> tuple[Dictionary, Config]:

@@ -47,7 +47,7 @@ from xlc_ray.export.plain import (
 from xlc_ray.export.weights import folders, pick, read_tensors, write_tensors
 
 NAME = "dictionary_learning"
-WEIGHTS, CROSSCODER = "ae.pt", "cc_weights.pt"
+WEIGHTS, FACTS, CROSSCODER = "ae.pt", "config.json", "cc_weights.pt"
 
 
 class Layout(NamedTuple):
@@ -112,7 +112,7 @@ def _write_one(made: Dictionary, trained: gates.Gate, g: int, config: Config, ou
     folder = folder_of(made, g, out)
     write_tensors(files.join(folder, WEIGHTS), tensors)
     buffer = {"d_submodule": width, "io": "out", "ctx_len": config.text.context}
-    files.write_json(files.join(folder, "config.json"), {"trainer": trainer, "buffer": buffer})
+    files.write_json(files.join(folder, FACTS), {"trainer": trainer, "buffer": buffer})
 
 
 def _tensors(made: Dictionary, trained: gates.Gate, g: int) -> tuple[str, dict[str, Tensor]]:
@@ -181,11 +181,13 @@ def detect(path: str, names: set[str]) -> bool:
 
 
 def read(path: str) -> Dictionary:
-    """The dictionary in such a directory, with a group for each of its folders."""
+    """The dictionary in such a directory, with a group for each of its folders.
+
+    Raises UserError where one of them is not whole."""
     names = set(files.listdir(path))
     if CROSSCODER in names:
         return _read_crosscoder(path)
-    found = [path] if WEIGHTS in names else folders(path, names, WEIGHTS)
+    found = [path] if WEIGHTS in names else {*folders(path, names, FACTS), *folders(path, names, WEIGHTS)}
     parts = sorted((_read_one(folder) for folder in found), key=lambda part: part[0])
     kinds = {part[1] for part in parts}
     if len(kinds) > 1 or len({part[0] for part in parts}) < len(parts):
@@ -218,7 +220,7 @@ Part = tuple[tuple[str, int], str, Weights, Tensor, dict[str, Tensor]]
 
 
 def _read_one(folder: str) -> Part:
-    where = files.join(folder, "config.json")
+    where = files.join(folder, FACTS)
     trainer = files.read_mapping(where).get("trainer")
     if not isinstance(trainer, dict):
         raise UserError(f"{where}: has no trainer")

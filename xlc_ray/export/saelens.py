@@ -40,7 +40,7 @@ from xlc_ray.export.plain import (
 from xlc_ray.export.weights import folders, pick, read_tensors, write_tensors
 
 NAME = "saelens"
-WEIGHTS = "sae_weights.safetensors"
+WEIGHTS, FACTS = "sae_weights.safetensors", "cfg.json"
 SPARSITY, EPSILON = "sparsity.safetensors", 1e-10
 GATED = ("b_gate", "r_mag", "b_mag")
 ARCHITECTURES = {
@@ -87,7 +87,7 @@ def write_densities(made: Dictionary, densities: list[Tensor], out: str) -> None
 def _write_one(made: Dictionary, g: int, config: Config, architecture: str, folder: str) -> None:
     facts = _facts(made, g, config, architecture)
     write_tensors(files.join(folder, WEIGHTS), _tensors(made, g))
-    files.write_json(files.join(folder, "cfg.json"), facts)
+    files.write_json(files.join(folder, FACTS), facts)
 
 
 def _tensors(made: Dictionary, g: int) -> dict[str, Tensor]:
@@ -148,9 +148,10 @@ def detect(path: str, names: set[str]) -> bool:
 def read(path: str) -> Dictionary:
     """The dictionary in such a directory, with a group for each of its folders.
 
-    Raises UserError for an architecture that has no gate here, and for a normalisation token by token."""
+    Raises UserError for an architecture that has no gate here, for a normalisation token by token, and where one of
+    the folders is not whole."""
     names = set(files.listdir(path))
-    found = [path] if WEIGHTS in names else folders(path, names, WEIGHTS)
+    found = [path] if WEIGHTS in names else {*folders(path, names, FACTS), *folders(path, names, WEIGHTS)}
     parts = sorted((_read_one(folder) for folder in found), key=lambda part: _in_order(part["read"]))
     if len(kinds := {part["architecture"] for part in parts}) > 1:
         raise UserError(f"{path}: holds {' and '.join(sorted(kinds))}; load the folders one by one")
@@ -185,7 +186,7 @@ def _gate(path: str, parts: list[dict[str, Any]]) -> gates.Gate:
 
 
 def _read_one(folder: str) -> dict[str, Any]:
-    where = files.join(folder, "cfg.json")
+    where = files.join(folder, FACTS)
     facts = files.read_mapping(where)
     metadata, architecture = facts.get("metadata"), str(facts.get("architecture"))
     if not isinstance(metadata, dict):

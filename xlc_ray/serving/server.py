@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from xlc_ray import files
 from xlc_ray.config import UserError
 from xlc_ray.serving import uploads
 from xlc_ray.serving.app import make_app
@@ -37,7 +38,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(root: str, token: str | None, terms: Terms) -> uvicorn.Server:
-    """A server of the folder `root`, which is made if need be."""
+    """A server of the local folder `root`, which is made if need be. Raises UserError where it cannot be."""
+    if files.is_url(root):
+        raise UserError(f"--root {root}: allowed: a local folder")
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:

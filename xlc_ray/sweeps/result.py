@@ -53,6 +53,12 @@ class Sweep:
         """The trials as they stand now, in the order of the space."""
         return list(read_rows(self.out).values())
 
+    def check(self) -> None:
+        """Raises UserError where every trial failed."""
+        rows = self.rows()
+        if rows and all(row.state == "failed" for row in rows):
+            raise UserError(f"{self.out}: every trial failed, {rows[0].trial} by: {rows[0].error}")
+
     def frame(self) -> pd.DataFrame:
         """One row a trial: trial, state, step, its settings by dotted path, its metrics on held-out tokens at its last
         stop, out, error. A setting that a trial does not have is missing there; one that is a list or a mapping is its

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from xlc_ray.activations.text import from_pretrained
 from xlc_ray.config import Config, UserError
 from xlc_ray.config.dictionary import JumpReluGate
 from xlc_ray.config.sources import LiveSource
-from xlc_ray.dictionary.build import make_wiring
+from xlc_ray.dictionary.build import check_features, make_wiring
 from xlc_ray.dictionary.wiring import Wiring
 from xlc_ray.progress import duration
 from xlc_ray.training import plan
@@ -31,10 +32,15 @@ def forecast(config: Config, gpu: str | None, nodes: int, active: float | None) 
         raise UserError(f"--gpu: {gpu!r} is not known; allowed: {', '.join(GPUS)}")
     if nodes < 1 or (gpu is None and nodes > 1):
         raise UserError(f"--nodes: {nodes}; allowed: {'1 or more' if gpu else '1 without --gpu'}")
+    if active is not None and not 0 < active < math.inf:
+        raise UserError(f"--active: {active:g}; allowed: a number of features above 0")
     model = from_pretrained(AutoConfig, config.model, "configuration")
     base = from_pretrained(AutoConfig, config.base_model, "configuration") if config.base_model else model
     widths = sites.width(model), sites.width(base)
     wires = make_wiring(config.dictionary.wiring, sites.num_layers(model), *widths)
+    check_features(config.dictionary, wires)
+    for site in (*wires.sites, *(config.generate.sites or ())):
+        sites.parse(site)
     load = plan.work(config, wires, active)
     stored = _bytes_of_token(config, wires, *widths)
     yield from _cost(config, load)

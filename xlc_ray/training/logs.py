@@ -101,15 +101,19 @@ def _start_wandb(config: Config):
         ) from None
     directory = "." if files.is_url(config.out) else files.local(config.out)
     run = f"{config.out}-{config.seed}"  # whole: last names are the same in many directories and sweeps
-    return wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        mode=settings.mode,
-        dir=directory,
-        name=files.name(config.out),
-        group=settings.group,
-        id=hashlib.sha256(run.encode()).hexdigest()[:16],
-        resume="allow",
-        reinit="create_new",  # several runs may share a process
-        config=config.model_dump(mode="json"),
-    )
+    try:
+        return wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            dir=directory,
+            name=files.name(config.out),
+            group=settings.group,
+            id=hashlib.sha256(run.encode()).hexdigest()[:16],
+            resume="allow",
+            reinit="create_new",  # several runs may share a process
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"train.wandb: {said}; wandb login, or set train.wandb.mode: offline") from None

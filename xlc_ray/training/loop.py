@@ -15,7 +15,7 @@ from xlc_ray.activations import order, sites, source, store
 from xlc_ray.activations.source import Memory, Share
 from xlc_ray.config import Config, UserError, load_config_text
 from xlc_ray.dictionary import Dictionary, Shards, Wiring, checkpoint
-from xlc_ray.dictionary.build import build, make_wiring, normalize_by
+from xlc_ray.dictionary.build import build, check_features, make_wiring, normalize_by
 from xlc_ray.training.calibration import start_bias
 from xlc_ray.training.feed import Feed, Read, Reader, Shape, for_all_ranks, goes_packed, shared
 from xlc_ray.training.learner import Learner
@@ -57,6 +57,7 @@ def wiring_for(config: Config, data: store.Store) -> Wiring:
     wiring = make_wiring(config.dictionary.wiring, layers, width, widths.get(True))
     if missing := [s for s in wiring.sites if s not in have]:
         raise UserError(f"{config.source.path}: the store has no site {missing[0]}; it has: {', '.join(have)}")
+    check_features(config.dictionary, wiring)
     if config.train.resample and wiring.tied:
         config.train.resample.check_tying(wiring.tied.by)
     store.check_model(data, config.model.name)
@@ -106,9 +107,24 @@ def prepare(config: Config) -> int | None:
                     f"{changed[2]!r}); choose another --out"
                 )
         else:
+            _unused(config.out)
             files.remove(files.join(config.out, FILE))
         files.write_bytes(path, config.yaml().encode())
     return found[-1] if found else None
+
+
+def _unused(out: str) -> None:
+    """Raises UserError where a directory without checkpoints holds what a new run must not replace."""
+    if damaged := checkpoint.damaged(out):
+        raise UserError(f"{damaged[0]}; no other is left: choose another --out, or remove {out}")
+    if files.exists(files.join(out, "manifest.json")):
+        raise UserError(f"{out}: holds activations; choose another --out")
+    path = files.join(out, "config.yaml")
+    if files.exists(path):
+        try:
+            load_config_text(files.read_bytes(path), path)
+        except UserError as error:
+            raise UserError(f"{out}: its config.yaml is of no run ({error}); choose another --out") from None
 
 
 def _differences(before: Config, now: Config) -> tuple[str, Any, Any] | None:
