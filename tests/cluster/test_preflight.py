@@ -101,7 +101,7 @@ def test_checkpoints_fit_the_disk(small_run, monkeypatch):
     assert config.out in line
     for step in (4, 8, 12):  # a run that goes on has three of the four already
         (Path(config.out) / f"checkpoints/step_{step}").mkdir(parents=True)
-        (Path(config.out) / f"checkpoints/step_{step}/complete.json").write_text("{}")
+        (Path(config.out) / f"checkpoints/step_{step}/complete.json").write_text(f'{{"step": {step}}}')
     assert list(preflight.disk(config, wiring)) == []
     assert list(preflight.disk(config.override({"out": "memory://run", "train.keep": 99}), wiring)) == []
 
