@@ -51,7 +51,7 @@ def test_a_failing_file_system_is_waited_for_and_costs_no_restart_of_another_kin
     monkeypatch.setattr(files, "listdir", fail)
 
     def dies_with_the_disk():
-        failing.extend([True, True, False, True, True, False, True])
+        failing.extend([True, True, False, True])
         dies()
 
     run({"cluster.max_failures": 1, "cluster.read_retry_s": 30}, [dies_with_the_disk, ends])

@@ -172,13 +172,13 @@ def run_path(run_dir: str) -> str:
     """An existing run directory, absolute: seen from the working directory, else from where jobs put relative ones."""
     if files.is_url(run_dir):
         return run_dir
-    path = Path(files.local(run_dir)).expanduser()
+    path = Path(files.local(run_dir))
     return str(path.absolute()) if path.exists() else output_path(run_dir)
 
 
 def output_path(out: str) -> str:
     """Where a job puts what it makes: a URL as it is, a local path, of `file://` too, absolute from `output_root`."""
-    return out if files.is_url(out) else str(output_root() / Path(files.local(out)).expanduser())
+    return out if files.is_url(out) else str(output_root() / Path(files.local(out)))
 
 
 def output_root() -> Path:

@@ -78,15 +78,16 @@ def _newest(config: Config) -> int:
     """The step of the newest checkpoint, or 0, once the file system tells. Says which are passed over as damaged.
     Raises UserError where the run directory, which was there, is gone."""
 
-    def look() -> int:
+    def seen() -> int:
         if not files.exists(files.join(config.out, "config.yaml")):
             raise FileNotFoundError(config.out)
-        for line in checkpoint.damaged(config.out):
+        complete, damaged = checkpoint.look(config.out)
+        for line in damaged:
             print(f"train: {line}", flush=True)
-        return (checkpoint.steps(config.out) or [0])[-1]
+        return (complete or [0])[-1]
 
     try:
-        return files.waiting(config.cluster.read_retry_s, look)
+        return files.waiting(config.cluster.read_retry_s, seen)
     except FileNotFoundError:
         raise UserError(
             f"{config.out}: the run directory is gone (looked for {config.cluster.read_retry_s:g} s)"

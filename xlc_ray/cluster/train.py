@@ -108,7 +108,7 @@ def _train_rank(config: Config, place: Place, watchdog: Watchdog, settings: dict
     own = _nodes_of_ranks(config, place)
     data = _opened(config)
     gauges = Gauges(files.name(config.out), rank=dist.get_rank())
-    leader = shards.rank == 0 and shards.replica == 0
+    leader = shards.first
 
     made, batches = settings["generators"], replica_batches
     if made is not None:

@@ -162,16 +162,16 @@ class Background:
 
 def steps(run_dir: str) -> list[int]:
     """Steps of the complete checkpoints, ascending, without those that are damaged."""
-    return sorted(step for step, what in _looked_at(run_dir).items() if what is None)
+    return look(run_dir)[0]
 
 
 def damaged(run_dir: str) -> list[str]:
     """A line for each checkpoint that was complete and is not any more: a file is missing, cut or longer."""
-    return [what for what in _looked_at(run_dir).values() if what]
+    return look(run_dir)[1]
 
 
-def _looked_at(run_dir: str) -> dict[int, str | None]:
-    """By step of each checkpoint that was complete: what is wrong with it."""
+def look(run_dir: str) -> tuple[list[int], list[str]]:
+    """`steps` and `damaged`, of one look at the directory."""
     found: dict[int, str | None] = {}
     for name in files.listdir(files.join(run_dir, "checkpoints")):
         if (step := _step_of(name)) is None:
@@ -190,7 +190,8 @@ def _looked_at(run_dir: str) -> dict[int, str | None]:
         wrong = next((file for file, size in wanted.items() if sizes.get(file) != size), None)
         what = f"{wrong} has {sizes.get(wrong, 0):,} of {wanted[wrong]:,} bytes" if wrong else ""
         found[step] = f"{path}: damaged, passed over: {what}" if wrong else None
-    return found
+    complete = sorted(step for step, what in found.items() if what is None)
+    return complete, [what for what in found.values() if what]
 
 
 def newest(run_dir: str, shards: Shards) -> int | None:
@@ -267,13 +268,19 @@ def wiring_from(plain: dict[str, Any]) -> Wiring:
 
 def settings(run_dir: str) -> Config:
     """The settings of a run that has a checkpoint. Raises UserError where it has none; warns of damaged ones."""
-    for line in damaged(run_dir):
-        warnings.warn(line, stacklevel=2)
-    if not steps(run_dir):
+    return _settings(run_dir)[0]
+
+
+def _settings(run_dir: str) -> tuple[Config, list[int]]:
+    """Likewise, with the steps of its checkpoints."""
+    found, lost = look(run_dir)
+    for line in lost:
+        warnings.warn(line, stacklevel=3)
+    if not found:
         raise UserError(f"{run_dir}: no complete checkpoint here (expected checkpoints/step_N/{MARKER})")
     path = files.join(run_dir, "config.yaml")
     try:
-        return load_config_text(files.read_bytes(path), path)
+        return load_config_text(files.read_bytes(path), path), found
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
 
@@ -281,7 +288,7 @@ def settings(run_dir: str) -> Config:
 def load_dictionary(run_dir: str, step: int | None = None) -> tuple[Dictionary, Config]:
     """The whole dictionary of a run's checkpoint at `step` (None: the newest), on the CPU in inference form, and the
     run's settings. Raises UserError where there is no such checkpoint."""
-    config, found = settings(run_dir), steps(run_dir)
+    config, found = _settings(run_dir)
     step = found[-1] if step is None else step
     if step not in found:
         raise UserError(f"{run_dir}: no complete checkpoint of step {step}; there are: {', '.join(map(str, found))}")

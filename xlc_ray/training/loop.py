@@ -191,8 +191,7 @@ def train_by_steps(
         start_bias(
             dictionary, lambda site: source.first_rows(data, kept, (site,), tokens)[site], config.dictionary.bias_init
         )
-    leader = shards.rank == 0 and shards.replica == 0
-    log = Log(config) if leader else None
+    log = Log(config) if shards.first else None
     try:
         with Saving(learner, saved) as saving:
             yield from _steps(config, learner, data, batches, log, announce, saving, stops, stepped, more)
